@@ -1,0 +1,3 @@
+"""oscloudd: the daemon that supervises qemu virtual machines."""
+
+__version__ = "0.1.0"

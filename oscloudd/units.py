@@ -1,0 +1,73 @@
+"""Sizes and names as users write them, turned into numbers and checked words.
+
+Pure functions, known by every room; they import nothing of ours but the errors.
+"""
+
+import re
+
+from oscloudd.errors import InvalidArgumentError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)")
+
+# 2^63 - 1: the largest INTEGER of SQLite and the largest offset qemu-img takes.
+MAX_SIZE_BYTES = (1 << 63) - 1
+
+# One DNS label (RFC 1035, 63 octets) plus the underscore, which the original's own example `my_vm` uses.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
+
+
+def parse_size(value: int | str, *, parameter: str) -> int:
+    """Give the bytes meant by `value`: an integer is bytes, a string takes K, M, G or T (binary).
+
+    Raises InvalidArgumentError naming `parameter` for anything else, zero and negatives included.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise _bad_size(value, parameter)
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip().upper().removesuffix("IB").removesuffix("B"))
+        if match is None:
+            raise _bad_size(value, parameter)
+        value = int(match[1]) * _UNITS[match[2]]
+    if not 0 < value <= MAX_SIZE_BYTES:
+        raise _bad_size(value, parameter)
+    return value
+
+
+def _bad_size(value: object, parameter: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{parameter} {value!r:.60} is not a size",
+        hint='give bytes as a number, or a string such as "512M" or "10G"',
+        parameter=parameter,
+    )
+
+
+def format_size(size_bytes: int) -> str:
+    """Write bytes the way `parse_size` reads them: the largest unit that divides them, or one decimal."""
+    for unit in ("T", "G", "M", "K"):
+        scale = _UNITS[unit]
+        if size_bytes >= scale:
+            whole, rest = divmod(size_bytes, scale)
+            return f"{whole}{unit}" if rest == 0 else f"{size_bytes / scale:.1f}{unit}"
+    return str(size_bytes)
+
+
+def check_name(value: str, *, parameter: str = "name") -> str:
+    """Give `value` back if it can name an object; raise InvalidArgumentError otherwise.
+
+    A name of digits alone is refused: it could not be told from an id.
+    """
+    if _NAME.match(value) is None or value.endswith("\n"):
+        raise InvalidArgumentError(
+            f"{parameter} {value!r:.80} can't be used",
+            hint="use 1 to 63 letters, digits, _ or -, the first a letter or a digit",
+            parameter=parameter,
+        )
+    if value.isdigit():
+        raise InvalidArgumentError(
+            f"{parameter} {value!r} is all digits and would be taken for an id",
+            hint="put a letter in it",
+            parameter=parameter,
+        )
+    return value
