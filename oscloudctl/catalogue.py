@@ -1,0 +1,52 @@
+"""Every command there is, in the order of the help: where its code is and what it does, in a line.
+
+A visible list instead of imports, because importing all commands would cost each of them the time.
+"""
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a command's function is found and the line of help it has in the overview."""
+
+    section: str
+    module: str
+    summary: str
+
+
+_VM = "Virtual machines"
+_INSIDE = "Inside a virtual machine"
+_DISK = "Disks"
+_NETWORK = "Networks"
+_TEMPLATE = "Templates"
+_DAEMON = "The daemon and this program"
+
+COMMANDS: dict[str, Entry] = {
+    "vm-create": Entry(_VM, "vm_create", "Make a vm and start it; a name alone is enough."),
+    "vm-list": Entry(_VM, "vm", "List the vms."),
+    "vm-info": Entry(_VM, "vm", "Show all there is to know about vms."),
+    "vm-start": Entry(_VM, "vm_power", "Start vms."),
+    "vm-stop": Entry(_VM, "vm_power", "Stop vms: power button first, then harder."),
+    "vm-restart": Entry(_VM, "vm_power", "Stop vms and start them again."),
+    "vm-pause": Entry(_VM, "vm_power", "Freeze running vms."),
+    "vm-resume": Entry(_VM, "vm_power", "Let paused vms go on."),
+    "vm-delete": Entry(_VM, "vm_power", "Delete vms and their disks."),
+    "vm-rename": Entry(_VM, "vm", "Give a vm another name."),
+    "vm-wait": Entry(_VM, "vm", "Wait until vms are ready or in a given state."),
+    "vm-ssh": Entry(_INSIDE, "vm_inside", "Log in to a vm, or run a command in it, by ssh."),
+    "vm-console": Entry(_INSIDE, "vm_inside", "Attach the terminal to a vm's serial console."),
+    "vm-log": Entry(_INSIDE, "vm_inside", "Show what a vm printed on its console, or qemu said."),
+    "vm-qemu-command": Entry(_INSIDE, "vm_inside", "Send a QMP command to a vm's qemu."),
+    "disk-list": Entry(_DISK, "disk", "List the disks."),
+    "disk-info": Entry(_DISK, "disk", "Show all there is to know about disks."),
+    "network-list": Entry(_NETWORK, "network", "List the networks."),
+    "network-info": Entry(_NETWORK, "network", "Show all there is to know about networks."),
+    "template-list": Entry(_TEMPLATE, "template", "List the templates vms can be made from."),
+    "template-info": Entry(_TEMPLATE, "template", "Show all there is to know about templates."),
+    "template-build": Entry(_TEMPLATE, "template", "Build templates that are built here."),
+    "template-download": Entry(_TEMPLATE, "template", "Download templates their vendor publishes."),
+    "daemon-info": Entry(_DAEMON, "daemon", "Show the daemon's version, state and settings."),
+    "daemon-doctor": Entry(_DAEMON, "daemon", "Check this box and say what to mend."),
+    "completion": Entry(_DAEMON, "completion", "Print the completion script of a shell."),
+    "version": Entry(_DAEMON, "version", "Print the version of this program."),
+}

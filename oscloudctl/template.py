@@ -1,0 +1,104 @@
+"""The template commands."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from oscloudctl.output import Column, print_list, print_objects
+from oscloudctl.session import (
+    Session,
+    complete_from,
+    json_option,
+    output_options,
+    parse_target,
+    pass_session,
+    socket_option,
+)
+from oscloudctl.targets import run_on_each
+from oscloudctl.vm import show_each
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+COLUMNS = (
+    Column("NAME", "name"),
+    Column("STATE", "state"),
+    Column("SIZE", "size"),
+    Column("USED", "used_by"),
+    Column("SOURCE", "source"),
+    Column("OS", "os"),
+    Column("DESCRIPTION", "description"),
+)
+
+# Packing a root filesystem says nothing for minutes on a slow disk; a build that hangs for longer
+# than this is stuck.
+SILENCE_SECONDS = 1800.0
+
+
+def templates_argument(function: Decorated) -> Decorated:
+    """Add the argument TEMPLATE..., several names."""
+    return click.argument(
+        "templates", metavar="TEMPLATE...", nargs=-1, shell_complete=complete_from("template_list")
+    )(function)
+
+
+@click.command("template-list")
+@output_options
+@socket_option
+@pass_session
+def template_list(session: Session, *, as_json: bool, ids_only: bool) -> None:
+    """List the templates vms can be made from."""
+    print_list(session.call("template_list"), COLUMNS, as_json=as_json, ids_only=ids_only)
+
+
+@click.command("template-info")
+@templates_argument
+@output_options
+@socket_option
+@pass_session
+def template_info(
+    session: Session, templates: tuple[str, ...], *, as_json: bool, ids_only: bool
+) -> int:
+    """Show all there is to know about templates."""
+    return show_each(session, "template", templates, as_json=as_json, ids_only=ids_only)
+
+
+def _make_each(session: Session, method: str, templates: tuple[str, ...], *, as_json: bool) -> int:
+    from oscloudctl.progress import ProgressLine
+
+    if not templates:
+        raise click.UsageError("which template? Name one or more")
+    made: list[dict[str, Any]] = []
+
+    def make(template: int | str) -> Any:
+        with ProgressLine(str(template)) as line:
+            return session.call(
+                method, on_progress=line.show, timeout_seconds=SILENCE_SECONDS, template=template
+            )
+
+    status = run_on_each([parse_target(each) for each in templates], make, done=made.append)
+    if as_json and made:
+        print_objects(made, as_json=True)
+    elif made:
+        print_list(made, COLUMNS, as_json=False, ids_only=False)
+    return status
+
+
+@click.command("template-build")
+@templates_argument
+@json_option
+@socket_option
+@pass_session
+def template_build(session: Session, templates: tuple[str, ...], *, as_json: bool) -> int:
+    """Build templates that are built here."""
+    return _make_each(session, "template_build", templates, as_json=as_json)
+
+
+@click.command("template-download")
+@templates_argument
+@json_option
+@socket_option
+@pass_session
+def template_download(session: Session, templates: tuple[str, ...], *, as_json: bool) -> int:
+    """Download templates their vendor publishes."""
+    return _make_each(session, "template_download", templates, as_json=as_json)

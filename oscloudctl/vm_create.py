@@ -1,0 +1,120 @@
+"""`vm-create`: one name is enough, everything else has a default."""
+
+import sys
+from typing import Any
+
+import click
+
+from oscloudctl.output import print_objects
+from oscloudctl.progress import ProgressLine
+from oscloudctl.session import (
+    Session,
+    complete_from,
+    output_options,
+    pass_session,
+    socket_option,
+)
+from oscloudd.errors import InvalidArgumentError
+
+DEFAULT_IMAGE = "debian_12"
+
+# The daemon bounds the boot itself and says why it failed; this only bounds a daemon that hangs.
+SILENCE_SECONDS = 900.0
+
+
+@click.command("vm-create")
+@click.argument("name")
+@click.option(
+    "--image", default=DEFAULT_IMAGE, show_default=True, metavar="TEMPLATE",
+    shell_complete=complete_from("template_list"), help="The template it is made from.",
+)  # fmt: skip
+@click.option(
+    "--network", metavar="NETWORK", shell_complete=complete_from("network_list"),
+    help='The network it is in.  [default: "default"]',
+)  # fmt: skip
+@click.option("--mem-size", metavar="SIZE", help="Memory, such as 512M.  [default: 1G]")
+@click.option("--disk-size", metavar="SIZE", help="Disk, such as 20G.  [default: 10G]")
+@click.option("--cpus", type=int, metavar="N", help="Virtual processors.  [default: 1]")
+@click.option("--ip", metavar="ADDRESS", help="Its address.  [default: the next free one]")
+@click.option(
+    "--ssh-key", "ssh_keys", multiple=True, metavar="FILE",
+    help="A public key that may log in as root; several times for several."
+    "  [default: ~/.ssh/id_*.pub, or a key made for this]",
+)  # fmt: skip
+@click.option("--no-ssh-key", is_flag=True, help="Put no key in.")
+@click.option("--password", metavar="WORD", help='Root\'s password; "-" asks for it.')
+@click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
+@click.option(
+    "--wait", type=click.Choice(["none", "started", "ready"]), default="ready", show_default=True,
+    help="Come back when its ssh server answers, when qemu runs, or at once.",
+)  # fmt: skip
+@output_options
+@socket_option
+@pass_session
+def vm_create(
+    session: Session,
+    /,
+    name: str,
+    ssh_keys: tuple[str, ...],
+    password: str | None,
+    user_data: str | None,
+    wait: str,
+    *,
+    no_ssh_key: bool,
+    as_json: bool,
+    ids_only: bool,
+    **params: Any,
+) -> None:
+    """Make a vm and start it; a name alone is enough."""
+    params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
+    params["password"] = _read_password(password)
+    params["user_data"] = _read_user_data(user_data)
+    with ProgressLine() as line:
+        answer = session.call(
+            "vm_create", on_progress=line.show, timeout_seconds=SILENCE_SECONDS,
+            name=name, wait=wait, **params,
+        )  # fmt: skip
+    print_objects([answer], as_json=as_json, ids_only=ids_only)
+    if not as_json and not ids_only:
+        _print_next(name, wait)
+
+
+def _read_keys(ssh_keys: tuple[str, ...], *, no_ssh_key: bool) -> list[str] | None:
+    from oscloudctl.keys import ensure_default_keys, read_public_key
+
+    if no_ssh_key and ssh_keys:
+        raise click.UsageError("--ssh-key and --no-ssh-key exclude each other")
+    if no_ssh_key:
+        return None
+    return [read_public_key(key) for key in ssh_keys] or ensure_default_keys()
+
+
+def _read_password(given: str | None) -> str | None:
+    if given != "-":
+        return given
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    word: str = click.prompt("Root's password", hide_input=True, confirmation_prompt=True, err=True)
+    return word
+
+
+def _read_user_data(given: str | None) -> str | None:
+    if given is None:
+        return None
+    try:
+        with click.open_file(given, encoding="utf-8") as file:
+            text: str = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        message = f"can't read the user data {given}: {reason}"
+        raise InvalidArgumentError(message, hint="name a cloud-config file") from error
+    return text
+
+
+def _print_next(name: str, wait: str) -> None:
+    if wait != "ready":
+        click.echo(f"Next: oscloudctl vm-wait {name}", err=True)
+        return
+    click.echo(f"Next: oscloudctl vm-ssh {name}", err=True)
+    click.echo(f"      oscloudctl vm-console {name}   (Ctrl-] leaves)", err=True)
+    click.echo(f"      oscloudctl vm-stop {name}", err=True)
