@@ -1,0 +1,1 @@
+"""This box: processes, images, networks, resources. Only this room starts processes."""

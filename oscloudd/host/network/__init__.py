@@ -1,0 +1,1 @@
+"""The guests' networks on this box: bridges, taps, neighbours, routes, firewall, resolvers."""

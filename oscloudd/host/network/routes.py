@@ -1,0 +1,86 @@
+"""Where this box already has routes, and a subnet for guests that is clear of them."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import Any
+
+from oscloudd.errors import ExhaustedError
+from oscloudd.host.commands import run
+from oscloudd.host.network.bridges import ALIAS
+
+# A route broader than the largest private range (RFC 1918: 10.0.0.0/8) is a default route, or a
+# half of one such as the 0.0.0.0/1 and 128.0.0.0/1 of a VPN: everything overlaps it.
+_SHORTEST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route of the host and the interface it leads to ("" for one that leads nowhere)."""
+
+    network: IPv4Network
+    interface: str
+
+
+async def find_free_subnet(
+    wanted: IPv4Network,
+    taken: Collection[IPv4Network] = (),
+    *,
+    ignored_interfaces: Collection[str] = (),
+) -> IPv4Network:
+    """Give `wanted`, or the first private /16 that overlaps neither a route nor one of `taken`.
+
+    Routes over our own bridges, known by their alias, and `ignored_interfaces` don't count. Whether
+    the answer differs from `wanted` is for the caller to say aloud. Raises ExhaustedError.
+    """
+    routes = await list_routes()
+    ours = {*ignored_interfaces, *await _list_our_bridges()}
+    foreign = [route for route in routes if route.interface not in ours]
+    for candidate in _candidates(wanted):
+        if not any(candidate.overlaps(other) for other in taken) and (
+            find_overlap(candidate, foreign) is None
+        ):
+            return candidate
+    raise ExhaustedError(
+        f"neither {wanted} nor any private /16 is free of routes of this box",
+        hint="set [network] subnet in oscloud.toml to a range that is",
+        resource="subnets",
+    )
+
+
+async def list_routes() -> list[Route]:
+    """List the IPv4 routes of the host, all tables."""
+    return parse_routes(
+        json.loads(await run(["ip", "-json", "-4", "route", "show", "table", "all"]) or "[]")
+    )
+
+
+def parse_routes(listed: list[dict[str, Any]]) -> list[Route]:
+    """Read what `ip -json route` prints."""
+    return [
+        Route(IPv4Network(entry["dst"], strict=False), entry.get("dev", ""))
+        for entry in listed
+        if entry.get("dst", "default") != "default"
+    ]
+
+
+def find_overlap(subnet: IPv4Network, routes: Iterable[Route]) -> Route | None:
+    """Give the first route that `subnet` would get in the way of, or None."""
+    for route in routes:
+        if route.network.prefixlen >= _SHORTEST_PREFIX and route.network.overlaps(subnet):
+            return route
+    return None
+
+
+def _candidates(wanted: IPv4Network) -> Iterator[IPv4Network]:
+    """Give `wanted`, then 192.168.0.0/16, 172.16.0.0/16 to 172.31, 10.0.0.0/16 to 10.255."""
+    yield wanted
+    yield IPv4Network("192.168.0.0/16")
+    yield from IPv4Network("172.16.0.0/12").subnets(new_prefix=16)
+    yield from IPv4Network("10.0.0.0/8").subnets(new_prefix=16)
+
+
+async def _list_our_bridges() -> set[str]:
+    listed = json.loads(await run(["ip", "-json", "link", "show"]) or "[]")
+    return {entry["ifname"] for entry in listed if entry.get("ifalias") == ALIAS}
