@@ -1,0 +1,202 @@
+"""The argument vector of one qemu, as a pure function of what the machine is to be.
+
+Owns every choice about the virtual hardware. Opens nothing and starts nothing: the files, the tap
+and the listening sockets are descriptors somebody else has opened, so that qemu needs no right to
+any path on the host.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+# The default code cache of TCG can reach 1 GiB for each machine.
+TCG_CODE_CACHE_MIB = 64
+
+# Numbers of qemu's descriptor sets; "/dev/fdset/N" is what a block or character device opens.
+_DISK_SET, _BASE_SET, _SEED_SET, _CONSOLE_LOG_SET = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Open files a qemu inherits, by their numbers in it; whoever opened them closes them.
+
+    `disk` is read-write, `base` and `seed` read-only, `console_log` write-only with O_APPEND: qemu
+    takes from a set only what has the very access mode it wants. `kernel` and `initrd` are opened
+    again through /proc/self/fd, so qemu's user must be allowed to read those files.
+    """
+
+    monitor: int
+    serial: int
+    console_log: int
+    disk: int
+    base: int | None = None
+    seed: int | None = None
+    kernel: int | None = None
+    initrd: int | None = None
+    tap: int | None = None
+
+    def numbers(self) -> tuple[int, ...]:
+        """Give the numbers in use, for `pass_fds`."""
+        return tuple(number for number in vars(self).values() if number is not None)
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What the machine is to be, without the files it stands on."""
+
+    name: str
+    uuid: str
+    memory_bytes: int
+    cpus: int
+    accelerator: str
+    mac: str
+    binary: str = "qemu-system-x86_64"
+    machine_type: str = "q35"
+    base_format: str = "qcow2"
+    cmdline: str = ""
+
+
+def build_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
+    """Build the argument vector; the machine it makes waits for `cont` before its first step."""
+    return [
+        spec.binary,
+        *_process_arguments(spec),
+        *_processor_arguments(spec),
+        *_channel_arguments(descriptors),
+        *_boot_arguments(spec, descriptors),
+        *_disk_arguments(spec, descriptors),
+        *_network_arguments(spec, descriptors),
+        # Without a source of its own a guest waits for entropy at its first boot.
+        *("-object", _json({"qom-type": "rng-builtin", "id": "rng0"})),
+        *("-device", _json({"driver": "virtio-rng-pci", "id": "random0", "rng": "rng0"})),
+    ]
+
+
+def cpu_model(accelerator: str) -> str:
+    """Name the processor the vms get; the accelerator is probed with the same one."""
+    # la57: five-level page tables cost an emulated guest a level at each walk and give it nothing.
+    return "host" if accelerator == "kvm" else "max,la57=off"
+
+
+def accelerator_argument(accelerator: str) -> str:
+    """Give the value of `-accel`."""
+    if accelerator == "kvm":
+        return "kvm"
+    return f"tcg,thread=multi,tb-size={TCG_CODE_CACHE_MIB}"
+
+
+def _json(value: dict[str, Any]) -> str:
+    # qemu's key=value form ends a value at a comma, so text could become options; JSON can't.
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _process_arguments(spec: MachineSpec) -> list[str]:
+    return [
+        *("-name", f"guest={spec.name}"),
+        *("-uuid", spec.uuid),
+        "-no-user-config",
+        "-nodefaults",
+        *("-display", "none"),
+        *("-sandbox", SANDBOX),
+        "-S",
+    ]
+
+
+def _processor_arguments(spec: MachineSpec) -> list[str]:
+    return [
+        *("-machine", f"{spec.machine_type},usb=off,vmport=off"),
+        *("-accel", accelerator_argument(spec.accelerator)),
+        *("-cpu", cpu_model(spec.accelerator)),
+        *("-smp", f"cpus={spec.cpus},sockets=1"),
+        *("-m", f"size={spec.memory_bytes // (1 << 20)}M"),
+        *("-rtc", "base=utc"),
+    ]
+
+
+def _channel_arguments(descriptors: Descriptors) -> list[str]:
+    log = f"logfile=/dev/fdset/{_CONSOLE_LOG_SET},logappend=on"
+    return [
+        *_add_descriptor(descriptors.console_log, _CONSOLE_LOG_SET),
+        *("-chardev", f"socket,id=monitor,fd={descriptors.monitor},server=on,wait=off"),
+        *("-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"socket,id=serial,fd={descriptors.serial},server=on,wait=off,{log}"),
+        *("-serial", "chardev:serial"),
+    ]
+
+
+def _boot_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
+    arguments = []
+    if descriptors.kernel is not None:
+        arguments += ["-kernel", f"/proc/self/fd/{descriptors.kernel}", "-append", spec.cmdline]
+    if descriptors.initrd is not None:
+        arguments += ["-initrd", f"/proc/self/fd/{descriptors.initrd}"]
+    if descriptors.seed is not None:
+        # Tells cloud-init to look for a disk labelled CIDATA and for nothing on the network.
+        arguments += ["-smbios", "type=1,serial=ds=nocloud"]
+    return arguments
+
+
+def _disk_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
+    arguments = []
+    if descriptors.base is not None:
+        arguments += _add_descriptor(descriptors.base, _BASE_SET)
+        arguments += _file_node("base", _BASE_SET, spec.base_format, read_only=True)
+    overlay: dict[str, Any] = {"discard": "unmap", "detect-zeroes": "unmap"}
+    # An explicit node, or null: the path in the image's header is never followed.
+    overlay["backing"] = None if descriptors.base is None else "base"
+    arguments += _add_descriptor(descriptors.disk, _DISK_SET)
+    arguments += _file_node("disk", _DISK_SET, "qcow2", read_only=False, options=overlay)
+    # A kernel given directly takes the first place for itself.
+    arguments += _disk_device("disk", boot_index=0 if descriptors.kernel is None else None)
+    if descriptors.seed is not None:
+        arguments += _add_descriptor(descriptors.seed, _SEED_SET)
+        arguments += _file_node("seed", _SEED_SET, "raw", read_only=True)
+        arguments += _disk_device("seed", boot_index=None)
+    return arguments
+
+
+def _add_descriptor(number: int, set_id: int) -> list[str]:
+    return ["-add-fd", f"fd={number},set={set_id}"]
+
+
+def _file_node(
+    name: str,
+    set_id: int,
+    image_format: str,
+    *,
+    read_only: bool,
+    options: dict[str, Any] | None = None,
+) -> list[str]:
+    file_node = {
+        "driver": "file",
+        "node-name": f"{name}-file",
+        "filename": f"/dev/fdset/{set_id}",
+        "read-only": read_only,
+        "discard": "unmap",
+    }
+    format_node = {
+        "driver": image_format,
+        "node-name": name,
+        "file": f"{name}-file",
+        "read-only": read_only,
+        **(options or {}),
+    }
+    return ["-blockdev", _json(file_node), "-blockdev", _json(format_node)]
+
+
+def _disk_device(name: str, *, boot_index: int | None) -> list[str]:
+    device: dict[str, Any] = {"driver": "virtio-blk-pci", "id": f"{name}0", "drive": name}
+    if boot_index is not None:
+        device["bootindex"] = boot_index
+    return ["-device", _json(device)]
+
+
+def _network_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
+    if descriptors.tap is None:
+        return []
+    backend = {"type": "tap", "id": "net0", "fd": str(descriptors.tap)}
+    # An empty romfile: nobody boots from the network, and the ROM would be part of a saved state.
+    card = {"driver": "virtio-net-pci", "id": "nic0", "netdev": "net0", "mac": spec.mac}
+    return ["-netdev", _json(backend), "-device", _json({**card, "romfile": ""})]
