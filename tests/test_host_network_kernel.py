@@ -1,0 +1,348 @@
+"""Bridges, taps, neighbours, routes and firewall against the kernel, in the tests' own namespaces.
+
+A namespace belongs to one thread: each test runs in a thread that has unshared its own, which ends
+with the thread and takes every interface with it. Guests are processes in namespaces of theirs.
+"""
+
+import asyncio
+import ctypes
+import fcntl
+import functools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from oscloudd.errors import AlreadyExistsError, NotFoundError
+from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
+from oscloudd.host.network.firewall import (
+    GuestNetwork,
+    ensure_forwarding,
+    remove_ruleset,
+    replace_ruleset,
+)
+from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
+from oscloudd.host.network.routes import find_free_subnet
+from oscloudd.host.network.taps import open_tap
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+
+CLONE_NEWNET = 0x40000000
+BRIDGE = Bridge("oscloud0", IPv4Address("192.168.0.1"), 16)
+OTHER_BRIDGE = Bridge("oscloud1", IPv4Address("172.16.0.1"), 16)
+NETWORKS = [
+    GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16")),
+    GuestNetwork("oscloud1", IPv4Network("172.16.0.0/16")),
+]
+
+
+def in_namespace(test: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(test)
+    def wrapper() -> None:
+        failures: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                libc = ctypes.CDLL(None, use_errno=True)
+                assert libc.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+                ip("link set lo up")
+                test()
+            except BaseException as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    return wrapper
+
+
+def ip(arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments.split()], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
+
+
+def interfaces() -> dict[str, dict[str, object]]:
+    return {entry["ifname"]: entry for entry in json.loads(ip("-json -details address show"))}
+
+
+@in_namespace
+def test_bridge_is_made_once_and_removed() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    before = ip("-details address show oscloud0")
+    assert "192.168.0.1/16" in before
+    asyncio.run(ensure_bridge(BRIDGE))
+    assert ip("-details address show oscloud0") == before
+    asyncio.run(remove_bridge("oscloud0"))
+    assert "oscloud0" not in interfaces()
+    asyncio.run(remove_bridge("oscloud0"))
+
+
+@in_namespace
+def test_bridge_gets_a_new_address_and_keeps_its_ports() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    tap_fd = open_tap("tap0", "oscloud0")
+    asyncio.run(ensure_bridge(Bridge("oscloud0", IPv4Address("10.0.0.1"), 16)))
+    shown = ip("-4 address show oscloud0")
+    assert "10.0.0.1/16" in shown
+    assert "192.168" not in shown
+    assert interfaces()["tap0"]["master"] == "oscloud0"
+    os.close(tap_fd)
+
+
+@in_namespace
+def test_foreign_interfaces_are_refused_and_left_alone() -> None:
+    ip("link add oscloud0 type bridge")
+    ip("link add oscloud1 type veth peer name other")
+    ip("link set oscloud1 alias oscloud")
+    for name in ("oscloud0", "oscloud1"):
+        with pytest.raises(AlreadyExistsError, match="not ours"):
+            asyncio.run(ensure_bridge(Bridge(name, IPv4Address("10.0.0.1"), 16)))
+        with pytest.raises(AlreadyExistsError, match="not ours"):
+            asyncio.run(remove_bridge(name))
+    assert ip("-4 address show oscloud0") == ""
+    assert {"oscloud0", "oscloud1"} <= set(interfaces())
+
+
+@in_namespace
+def test_bridge_keeps_its_hardware_address_as_taps_come() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    tap_fd = open_tap("tap0", "oscloud0")
+    assert interfaces()["oscloud0"]["address"] == BRIDGE.mac
+    os.close(tap_fd)
+    assert interfaces()["oscloud0"]["address"] == BRIDGE.mac
+
+
+@in_namespace
+def test_tap_is_a_port_and_ends_with_its_descriptor() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    tap_fd = open_tap("tap0", "oscloud0")
+    shown = interfaces()["tap0"]
+    assert shown["master"] == "oscloud0"
+    assert "UP" in str(shown["flags"])
+    flags = fcntl.ioctl(tap_fd, 0x800454D2, bytes(40))  # TUNGETIFF
+    assert int.from_bytes(flags[16:18], sys.byteorder) & 0x5002 == 0x5002
+    assert not os.get_inheritable(tap_fd)
+    os.close(tap_fd)
+    assert "tap0" not in interfaces()
+
+
+@in_namespace
+def test_tap_that_can_not_be_leaves_nothing() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    descriptors = set(os.listdir("/proc/self/fd"))
+    ip("tuntap add dev tap0 mode tap")
+    for taken in ("tap0", "lo"):
+        with pytest.raises(AlreadyExistsError, match=f"interface {taken} already"):
+            open_tap(taken, "oscloud0")
+    with pytest.raises(NotFoundError, match="no bridge oscloud9"):
+        open_tap("tap1", "oscloud9")
+    assert set(interfaces()) == {"lo", "oscloud0", "tap0"}
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+
+
+@in_namespace
+def test_tap_is_ready_sooner_than_one_run_of_ip() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    ours, theirs, descriptors = [], [], []
+    for number in range(10):
+        start = time.perf_counter()
+        descriptors.append(open_tap(f"tap{number}", "oscloud0"))
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        ip("-V")
+        theirs.append(time.perf_counter() - start)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert statistics.median(ours) < statistics.median(theirs)
+
+
+@in_namespace
+def test_neighbour_is_set_replaced_and_forgotten() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    address = IPv4Address("192.168.0.2")
+    for mac in ("52:54:00:00:00:01", "52:54:00:00:00:02"):
+        set_neighbour("oscloud0", address, mac)
+        assert f"192.168.0.2 lladdr {mac} PERMANENT" in ip("neighbour show dev oscloud0")
+    delete_neighbour("oscloud0", address)
+    delete_neighbour("oscloud0", address)
+    assert "52:54" not in ip("neighbour show dev oscloud0")
+
+
+@in_namespace
+def test_subnet_gives_way_to_routes_and_other_networks_but_not_to_our_own_bridge() -> None:
+    wanted = IPv4Network("192.168.0.0/16")
+    assert asyncio.run(find_free_subnet(wanted)) == wanted
+    asyncio.run(ensure_bridge(BRIDGE))
+    assert asyncio.run(find_free_subnet(wanted)) == wanted
+    ip("link add uplink type bridge")
+    ip("link set uplink up")
+    ip("address add 192.168.7.9/24 dev uplink")
+    ip("route add 172.16.5.0/24 dev uplink table 77")
+    ip("route add default dev uplink")
+    assert asyncio.run(find_free_subnet(wanted)) == IPv4Network("172.17.0.0/16")
+    taken = [IPv4Network("172.16.0.0/12")]
+    assert asyncio.run(find_free_subnet(wanted, taken)) == IPv4Network("10.0.0.0/16")
+    assert asyncio.run(find_free_subnet(wanted, ignored_interfaces=["uplink"])) == wanted
+
+
+@in_namespace
+def test_ruleset_is_replaced_and_other_tables_are_left_alone() -> None:
+    foreign = "table ip foreign { chain x { type filter hook forward priority 0; policy drop; }; }"
+    subprocess.run(["nft", "-f", "-"], input=foreign, check=True, text=True)
+
+    def listed(*what: str) -> str:
+        done = subprocess.run(["nft", "list", *what], check=True, capture_output=True, text=True)
+        return done.stdout
+
+    before = listed("ruleset")
+    asyncio.run(replace_ruleset([]))
+    asyncio.run(replace_ruleset(NETWORKS))
+    once = listed("ruleset")
+    asyncio.run(replace_ruleset(NETWORKS))
+    assert listed("ruleset") == once
+    assert listed("table", "ip", "foreign").strip() in once
+    asyncio.run(remove_ruleset())
+    asyncio.run(remove_ruleset())
+    assert listed("ruleset") == before
+
+
+# A guest: one command a line on its standard input, one answer a line.
+GUEST = """
+import socket, sys
+bound = {}
+for line in sys.stdin:
+    verb, *words = line.split()
+    if verb == "bind":
+        bound[words[0]] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        bound[words[0]].bind(("0.0.0.0", int(words[0])))
+        bound[words[0]].settimeout(10)
+    if verb == "send":
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.bind((words[3] if len(words) > 3 else "0.0.0.0", 0))
+            sender.sendto(words[2].encode(), (words[0], int(words[1])))
+    if verb == "receive":
+        data, source = bound[words[0]].recvfrom(100)
+        print(data.decode(), source[0], flush=True)
+    else:
+        print("done", flush=True)
+"""
+
+
+class Guest:
+    """A process with a network card in a namespace of its own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            ["unshare", "--net", sys.executable, "-I", "-c", GUEST],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ask("ready")
+
+    def ask(self, command: str) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def run(self, *argv: str) -> subprocess.CompletedProcess[bytes]:
+        enter = ["nsenter", "--net", "--target", str(self.process.pid)]
+        return subprocess.run([*enter, *argv], check=True, capture_output=True)
+
+    def connect(self, port: str, address: str, gateway: str) -> None:
+        """Give the guest the other end of the interface `port` of ours."""
+        ip(f"link add {port} type veth peer name eth0 netns {self.process.pid}")
+        ip(f"link set {port} up")
+        self.run("ip", "address", "add", f"{address}/16", "dev", "eth0")
+        self.run("ip", "link", "set", "eth0", "up")
+        self.run("ip", "route", "add", "default", "via", gateway)
+
+
+@contextmanager
+def new_guest() -> Iterator[Guest]:
+    guest = Guest()
+    try:
+        yield guest
+    finally:
+        guest.process.communicate(timeout=10)
+
+
+@contextmanager
+def firewalled_guests() -> Iterator[tuple[Guest, Guest, Guest]]:
+    """Give a guest on each of two networks, and a machine of the outside world."""
+    asyncio.run(ensure_bridge(BRIDGE))
+    asyncio.run(ensure_bridge(OTHER_BRIDGE))
+    asyncio.run(replace_ruleset(NETWORKS))
+    ensure_forwarding()
+    with new_guest() as one, new_guest() as other, new_guest() as world:
+        one.connect("port0", "192.168.0.2", "192.168.0.1")
+        ip("link set port0 master oscloud0")
+        other.connect("port1", "172.16.0.2", "172.16.0.1")
+        ip("link set port1 master oscloud1")
+        world.connect("uplink", "10.9.0.2", "10.9.0.1")
+        ip("address add 10.9.0.1/16 dev uplink")
+        yield one, other, world
+
+
+@in_namespace
+def test_guest_reaches_the_world_behind_the_hosts_address_only() -> None:
+    with firewalled_guests() as (one, _, world):
+        world.ask("bind 7000")
+        # The first two don't pass; what comes after them on the same way shows that they didn't.
+        one.run("ip", "address", "add", "203.0.113.5/32", "dev", "eth0")
+        one.ask("send 10.9.0.2 7000 forged 203.0.113.5")
+        one.ask("send 10.9.0.2 7000 honest")
+        assert world.ask("receive 7000") == "honest 10.9.0.1"
+
+
+@in_namespace
+def test_world_and_other_networks_do_not_reach_a_guest_but_the_host_does() -> None:
+    with firewalled_guests() as (one, other, world):
+        # Both ways: the networks' rules stand one after the other.
+        for guest, address, stranger, gateway in (
+            (one, "192.168.0.2", other, "192.168.0.1"),
+            (other, "172.16.0.2", one, "172.16.0.1"),
+        ):
+            guest.ask("bind 7000")
+            world.ask(f"send {address} 7000 world")
+            stranger.ask(f"send {address} 7000 stranger")
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+                host.sendto(b"host", (address, 7000))
+            assert guest.ask("receive 7000") == f"host {gateway}"
+
+
+@in_namespace
+def test_guest_reaches_dns_on_the_host_and_nothing_else_there() -> None:
+    with (
+        firewalled_guests() as (one, _, _),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as service,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as dns,
+    ):
+        service.bind(("0.0.0.0", 7000))
+        dns.bind(("0.0.0.0", 53))
+        dns.settimeout(10)
+        for address in ("192.168.0.1", "10.9.0.1", "172.16.0.1"):
+            one.ask(f"send {address} 7000 forbidden")
+        one.ask("send 192.168.0.1 53 question")
+        assert dns.recv(100) == b"question"
+        service.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            service.recv(100)
+        # An answer to the host's own word comes in.
+        one.ask("bind 7001")
+        service.sendto(b"hello", ("192.168.0.2", 7001))
+        assert one.ask("receive 7001") == "hello 192.168.0.1"

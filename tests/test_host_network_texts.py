@@ -1,0 +1,148 @@
+"""What is said to `ip` and `nft` and read from them: pure functions."""
+
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from oscloudd.errors import InvalidArgumentError
+from oscloudd.host.network.bridges import Bridge, build_changes, build_creation
+from oscloudd.host.network.firewall import GuestNetwork, build_ruleset
+from oscloudd.host.network.interfaces import check_interface_name
+from oscloudd.host.network.resolvers import host_resolvers
+from oscloudd.host.network.routes import Route, find_overlap, parse_routes
+
+BRIDGE = Bridge("oscloud0", IPv4Address("192.168.0.1"), 16)
+
+RULESET = """\
+add table inet oscloud
+delete table inet oscloud
+table inet oscloud {
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		oifname != "oscloud0" ip saddr 192.168.0.0/16 ip daddr != 192.168.0.0/16 masquerade
+	}
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		iifname "oscloud0" oifname "oscloud0" accept
+		iifname "oscloud0" oifname { "oscloud0" } drop
+		iifname "oscloud0" ip saddr 192.168.0.0/16 accept
+		iifname "oscloud0" drop
+		oifname "oscloud0" ct state established,related accept
+		oifname "oscloud0" drop
+	}
+	chain input {
+		type filter hook input priority filter; policy accept;
+		iifname { "oscloud0" } ct state established,related accept
+		iifname { "oscloud0" } icmp type echo-request accept
+		iifname { "oscloud0" } udp dport { 53, 67 } accept
+		iifname { "oscloud0" } tcp dport 53 accept
+		iifname { "oscloud0" } drop
+	}
+}
+"""
+
+
+def test_ruleset_of_one_network() -> None:
+    network = GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16"))
+    assert build_ruleset([network]) == RULESET
+
+
+def test_ruleset_does_not_depend_on_the_order() -> None:
+    one = GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16"))
+    two = GuestNetwork("oscloud1", IPv4Network("172.16.0.0/16"))
+    assert build_ruleset([one, two]) == build_ruleset([two, one])
+    assert 'iifname "oscloud1" oifname { "oscloud0", "oscloud1" } drop' in build_ruleset([one, two])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a" * 16, "a b", 'a"', "a/b", "..", "a\n", "é", "a:b", "a%d", "{a}"]
+)
+def test_names_the_kernel_or_nft_would_not_take(name: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        check_interface_name(name)
+    with pytest.raises(InvalidArgumentError):
+        build_ruleset([GuestNetwork(name, IPv4Network("10.0.0.0/16"))])
+
+
+def test_bridge_has_its_own_hardware_address() -> None:
+    assert build_creation(BRIDGE) == [
+        "link add name oscloud0 address 02:05:c0:a8:00:01 type bridge stp_state 0 forward_delay 0",
+        "link set dev oscloud0 alias oscloud",
+        "address add 192.168.0.1/16 dev oscloud0",
+        "link set dev oscloud0 up",
+    ]
+
+
+def test_bridge_as_it_should_be_is_left_alone() -> None:
+    present = {
+        "flags": ["BROADCAST", "UP"],
+        "address": BRIDGE.mac,
+        "addr_info": [
+            {"family": "inet", "local": "192.168.0.1", "prefixlen": 16},
+            {"family": "inet6", "local": "fe80::1", "prefixlen": 64},
+        ],
+    }
+    assert build_changes(BRIDGE, present) == []
+
+
+def test_bridge_is_brought_to_what_it_should_be() -> None:
+    present = {"addr_info": [{"family": "inet", "local": "10.0.0.1", "prefixlen": 8}]}
+    assert build_changes(BRIDGE, present) == [
+        "address delete 10.0.0.1/8 dev oscloud0",
+        "address add 192.168.0.1/16 dev oscloud0",
+        "link set dev oscloud0 address 02:05:c0:a8:00:01",
+        "link set dev oscloud0 up",
+    ]
+
+
+def test_routes_are_read_without_the_default() -> None:
+    listed = [
+        {"dst": "default", "gateway": "10.0.0.1", "dev": "eth0"},
+        {"dst": "192.168.7.0/24", "dev": "eth0"},
+        {"type": "local", "dst": "10.0.0.5", "dev": "eth0"},
+        {"type": "blackhole", "dst": "172.20.0.0/14"},
+    ]
+    assert parse_routes(listed) == [
+        Route(IPv4Network("192.168.7.0/24"), "eth0"),
+        Route(IPv4Network("10.0.0.5/32"), "eth0"),
+        Route(IPv4Network("172.20.0.0/14"), ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("route", "overlaps"),
+    [
+        ("192.168.7.0/24", True),
+        ("192.168.0.5/32", True),
+        ("192.0.0.0/8", True),
+        ("172.16.0.0/12", False),
+        ("128.0.0.0/1", False),
+        ("0.0.0.0/0", False),
+    ],
+)
+def test_overlap(route: str, overlaps: bool) -> None:
+    routes = [Route(IPv4Network(route), "eth0")]
+    assert (find_overlap(IPv4Network("192.168.0.0/16"), routes) is not None) == overlaps
+
+
+def test_resolvers_behind_systemd_resolved(tmp_path: Path) -> None:
+    (tmp_path / "stub").write_text("# x\nnameserver 127.0.0.53\noptions edns0\n")
+    (tmp_path / "real").write_text(
+        "nameserver 10.0.0.53\nnameserver fe80::1%eth0\nnameserver 9.9.9.9\n"
+    )
+    found = host_resolvers(tmp_path / "stub", tmp_path / "real")
+    assert found == (IPv4Address("10.0.0.53"), IPv4Address("9.9.9.9"))
+
+
+def test_resolvers_of_a_plain_host_are_not_mixed_with_others(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("nameserver 10.1.1.1\nnameserver 10.1.1.1\nnameserver\n")
+    (tmp_path / "real").write_text("nameserver 9.9.9.9\n")
+    found = host_resolvers(tmp_path / "plain", tmp_path / "real")
+    assert found == (IPv4Address("10.1.1.1"),)
+
+
+def test_no_resolver_a_guest_could_reach(tmp_path: Path) -> None:
+    (tmp_path / "local").write_text("nameserver 127.0.0.1\n")
+    assert host_resolvers(tmp_path / "local", tmp_path / "none") == ()
+    assert host_resolvers(tmp_path / "none", tmp_path / "none") == ()
