@@ -28,7 +28,7 @@ from oscloudd.host.network.firewall import (
     GuestNetwork,
     ensure_forwarding,
     remove_ruleset,
-    replace_ruleset,
+    apply_ruleset,
 )
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.routes import find_free_subnet
@@ -80,10 +80,10 @@ def interfaces() -> dict[str, dict[str, object]]:
 @in_namespace
 def test_bridge_is_made_once_and_removed() -> None:
     asyncio.run(ensure_bridge(BRIDGE))
-    before = ip("-details address show oscloud0")
+    before = ip("-4 address show oscloud0")
     assert "192.168.0.1/16" in before
     asyncio.run(ensure_bridge(BRIDGE))
-    assert ip("-details address show oscloud0") == before
+    assert ip("-4 address show oscloud0") == before
     asyncio.run(remove_bridge("oscloud0"))
     assert "oscloud0" not in interfaces()
     asyncio.run(remove_bridge("oscloud0"))
@@ -207,10 +207,10 @@ def test_ruleset_is_replaced_and_other_tables_are_left_alone() -> None:
         return done.stdout
 
     before = listed("ruleset")
-    asyncio.run(replace_ruleset([]))
-    asyncio.run(replace_ruleset(NETWORKS))
+    asyncio.run(apply_ruleset([]))
+    asyncio.run(apply_ruleset(NETWORKS))
     once = listed("ruleset")
-    asyncio.run(replace_ruleset(NETWORKS))
+    asyncio.run(apply_ruleset(NETWORKS))
     assert listed("ruleset") == once
     assert listed("table", "ip", "foreign").strip() in once
     asyncio.run(remove_ruleset())
@@ -286,7 +286,7 @@ def firewalled_guests() -> Iterator[tuple[Guest, Guest, Guest]]:
     """Give a guest on each of two networks, and a machine of the outside world."""
     asyncio.run(ensure_bridge(BRIDGE))
     asyncio.run(ensure_bridge(OTHER_BRIDGE))
-    asyncio.run(replace_ruleset(NETWORKS))
+    asyncio.run(apply_ruleset(NETWORKS))
     ensure_forwarding()
     with new_guest() as one, new_guest() as other, new_guest() as world:
         one.connect("port0", "192.168.0.2", "192.168.0.1")

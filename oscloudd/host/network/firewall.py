@@ -25,7 +25,7 @@ class GuestNetwork:
     subnet: IPv4Network
 
 
-async def replace_ruleset(networks: Sequence[GuestNetwork]) -> None:
+async def apply_ruleset(networks: Sequence[GuestNetwork]) -> None:
     """Make the firewall fit these networks, in one transaction; may be called at any time."""
     await run(["nft", "-f", "-"], input_text=build_ruleset(networks))
 
