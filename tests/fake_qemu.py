@@ -1,0 +1,311 @@
+#!/usr/bin/python3 -I
+"""A qemu that runs no machine: a real process with qemu's arguments, monitor and serial socket.
+
+Its misbehaviour is chosen by name, through the machine's name (`-name guest=x-hang_on_quit`: the
+part after the last `-`) or FAKE_QEMU. The daemon runs it as an unprivileged user: copy it to a
+directory that user can search (`install_fake_qemu` does), and make `[qemu] binary` point at it.
+
+    (none)             boots at once, takes an identity over the serial line, prints `login:`
+    exit_at_start      prints a reason on standard error and exits with status 1
+    no_greeting        accepts on the monitor and says nothing
+    garbage_monitor    answers the first command after the handshake with something that isn't JSON
+    deaf_monitor       answers the handshake and query-uuid, and nothing after that
+    hang_on_quit       ignores `quit`; the power button too
+    ignore_powerdown   ignores the power button
+    crash_after_cont   dies of SIGSEGV as soon as it is let run
+    shutdown_after_cont  powers itself off as soon as it is let run
+    identity_fails     answers an identity with `oscloud-identity: failed: no space left`
+    identity_silent    never asks for an identity, nor prints anything
+    chatty             prints four MiB on the serial line before the login prompt
+"""
+
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+# Behind the end of the disk image, where qcow2 does not look: this guest has its identity.
+MARK = b"fake guest has its identity"
+
+VERSION = "QEMU emulator version 7.2.22 (fake)"
+
+
+@contextmanager
+def install_fake_qemu() -> Iterator[Path]:
+    """Copy this program to where every user can run it; give the copy's path."""
+    directory = Path(tempfile.mkdtemp(prefix="fake-qemu-"))
+    directory.chmod(0o755)
+    try:
+        copy = directory / "qemu-system-x86_64"
+        shutil.copyfile(__file__, copy)
+        copy.chmod(0o755)
+        yield copy
+    finally:
+        shutil.rmtree(directory)
+
+
+class Port:
+    """A listening socket that serves one client at a time, as qemu's do."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        descriptor: int,
+        on_data: Callable[[bytes], None],
+        on_open: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.selector = selector
+        self.listener = socket.socket(fileno=descriptor)
+        self.listener.listen(1)  # as qemu does; it makes SO_PEERCRED name this process
+        self.client: socket.socket | None = None
+        self.on_data = on_data
+        self.on_open = on_open
+        selector.register(self.listener, selectors.EVENT_READ, self.accept)
+
+    def accept(self) -> None:
+        self.client, _ = self.listener.accept()
+        self.selector.unregister(self.listener)
+        self.selector.register(self.client, selectors.EVENT_READ, self.read)
+        self.on_open()
+
+    def read(self) -> None:
+        assert self.client is not None
+        try:
+            data = self.client.recv(65536)
+        except OSError:
+            data = b""
+        if data:
+            self.on_data(data)
+            return
+        self.selector.unregister(self.client)
+        self.client.close()
+        self.client = None
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+
+    def send(self, data: bytes) -> None:
+        if self.client is not None:
+            with suppress(OSError):
+                self.client.sendall(data)
+
+
+class FakeQemu:
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        self.name = self.value("-name").removeprefix("guest=").split(",")[0]
+        chosen = self.name.rpartition("-")[2] if "-" in self.name else ""
+        self.fault = os.environ.get("FAKE_QEMU") or chosen
+        self.status = "prelaunch" if "-S" in arguments else "running"
+        self.booted = False
+        self.identity_lines: list[str] | None = None
+        self.typed = b""
+        self.commands = b""
+
+    # What is on the command line
+
+    def value(self, option: str, default: str = "") -> str:
+        arguments = self.arguments
+        return arguments[arguments.index(option) + 1] if option in arguments else default
+
+    def chardev(self, name: str) -> dict[str, str]:
+        for option, value in zip(self.arguments, self.arguments[1:], strict=False):
+            fields = dict(field.split("=", 1) for field in value.split(",") if "=" in field)
+            if option == "-chardev" and fields.get("id") == name:
+                return fields
+        raise SystemExit(f"fake qemu: no -chardev with id={name}")
+
+    def descriptor(self, set_id: str) -> int | None:
+        """Give the first descriptor of a set, `/dev/fdset/N`."""
+        for option, value in zip(self.arguments, self.arguments[1:], strict=False):
+            given = re.fullmatch(r"fd=(\d+),set=(\d+)", value)
+            if option == "-add-fd" and given and set_id == f"/dev/fdset/{given[2]}":
+                return int(given[1])
+        return None
+
+    def disk(self) -> int:
+        """Give the descriptor of the disk itself, which a guest keeps its identity on."""
+        nodes = [json.loads(v) for v in self.arguments if v.startswith('{"driver":"file"')]
+        name = next(node["filename"] for node in nodes if node["node-name"] == "disk-file")
+        descriptor = self.descriptor(name)
+        assert descriptor is not None
+        return descriptor
+
+    # The life of it
+
+    def run(self) -> None:
+        if self.fault == "exit_at_start":
+            sys.exit("qemu-system-x86_64: fake: could not open disk image: it is on strike")
+        selector = selectors.DefaultSelector()
+        self.console_log = self.descriptor(self.chardev("serial").get("logfile", ""))
+        monitor_fd, serial_fd = (int(self.chardev(name)["fd"]) for name in ("monitor", "serial"))
+        self.monitor = Port(selector, monitor_fd, self.read_monitor, self.greet)
+        self.serial = Port(selector, serial_fd, self.read_serial)
+        signal.signal(signal.SIGTERM, lambda *_: self.end("host-signal"))
+        if self.status == "running":
+            self.boot()
+        while True:
+            for key, _ in selector.select():
+                key.data()
+
+    def end(self, reason: str) -> None:
+        self.event("SHUTDOWN", {"guest": reason.startswith("guest"), "reason": reason})
+        os._exit(0)
+
+    # The monitor
+
+    def greet(self) -> None:
+        if self.fault != "no_greeting":
+            version = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "fake"}
+            self.send({"QMP": {"version": version, "capabilities": ["oob"]}})
+
+    def read_monitor(self, data: bytes) -> None:
+        *lines, self.commands = (self.commands + data).split(b"\n")
+        for line in lines:
+            self.answer(json.loads(line))
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.monitor.send(json.dumps(message).encode() + b"\r\n")
+
+    def event(self, name: str, data: dict[str, Any] | None = None) -> None:
+        stamp = {"seconds": 0, "microseconds": 0}
+        self.send({"event": name, "timestamp": stamp, **({"data": data} if data else {})})
+
+    def answer(self, request: dict[str, Any]) -> None:
+        command, number = request["execute"], request.get("id")
+        if command not in ("qmp_capabilities", "query-uuid"):
+            if self.fault == "deaf_monitor":
+                return
+            if self.fault == "garbage_monitor":
+                self.monitor.send(b"\x00\x01 not a monitor {{{\r\n")
+                return
+        handler = getattr(self, "do_" + command.replace("-", "_"), None)
+        if handler is None:
+            desc = f"The command {command} has not been found"
+            self.send({"error": {"class": "CommandNotFound", "desc": desc}, "id": number})
+            return
+        result = handler()
+        self.send({"return": {} if result is None else result, "id": number})
+        then = getattr(self, "after_" + command.replace("-", "_"), None)
+        if then is not None:
+            then()
+
+    def do_qmp_capabilities(self) -> None:
+        return None
+
+    def do_query_uuid(self) -> dict[str, str]:
+        return {"UUID": self.value("-uuid")}
+
+    def do_query_name(self) -> dict[str, str]:
+        return {"name": self.name}
+
+    def do_query_version(self) -> dict[str, Any]:
+        return {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "fake"}
+
+    def do_query_status(self) -> dict[str, Any]:
+        running = self.status == "running"
+        return {"status": self.status, "running": running, "singlestep": False}
+
+    def do_cont(self) -> None:
+        self.status = "running"
+        self.event("RESUME")
+
+    def after_cont(self) -> None:
+        self.boot()
+
+    def do_stop(self) -> None:
+        if self.status == "running":
+            self.status = "paused"
+            self.event("STOP")
+
+    def do_system_reset(self) -> None:
+        self.event("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
+
+    def do_system_powerdown(self) -> None:
+        self.event("POWERDOWN")
+
+    def after_system_powerdown(self) -> None:
+        if self.fault not in ("ignore_powerdown", "hang_on_quit"):
+            self.end("guest-shutdown")
+
+    def do_quit(self) -> None:
+        return None
+
+    def after_quit(self) -> None:
+        if self.fault != "hang_on_quit":
+            self.end("host-qmp-quit")
+
+    # The guest
+
+    def boot(self) -> None:
+        if self.booted or self.fault == "identity_silent":
+            return
+        self.booted = True
+        if self.fault == "crash_after_cont":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.fault == "shutdown_after_cont":
+            self.end("guest-shutdown")
+        self.print("Linux version 0.0-fake\n")
+        if self.has_identity():
+            self.login()
+        else:
+            self.identity_lines = []
+            self.print("oscloud-identity: ready\n")
+
+    def has_identity(self) -> bool:
+        size = os.fstat(self.disk()).st_size
+        return os.pread(self.disk(), 64, max(0, size - len(MARK))) == MARK
+
+    def login(self) -> None:
+        if self.fault == "chatty":
+            for _ in range(4096):
+                self.print("x" * 1022 + "\n")
+        self.print(f"\n{self.name} login: ")
+
+    def print(self, text: str) -> None:
+        data = text.replace("\n", "\r\n").encode()
+        if self.console_log is not None:
+            os.write(self.console_log, data)
+        self.serial.send(data)
+
+    def read_serial(self, data: bytes) -> None:
+        if self.identity_lines is None:
+            self.print(data.decode("utf-8", "replace").replace("\r", "\n"))  # the echo
+            return
+        *lines, self.typed = (self.typed + data.replace(b"\r", b"\n")).split(b"\n")
+        for line in lines:
+            self.take_identity(line.decode("ascii", "replace").strip())
+
+    def take_identity(self, line: str) -> None:
+        if self.identity_lines is None or not line:
+            return
+        if line != ".":
+            self.identity_lines.append(line)
+            return
+        self.identity_lines = None
+        if self.fault == "identity_fails":
+            self.print("oscloud-identity: failed: no space left\n")
+            return
+        os.pwrite(self.disk(), MARK, os.fstat(self.disk()).st_size)
+        self.print("oscloud-identity: applied\n")
+        self.login()
+
+
+def main() -> None:
+    if sys.argv[1:2] in (["-version"], ["--version"]):
+        print(VERSION)
+    elif sys.argv[1:] == ["-machine", "help"]:
+        print("q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)")
+    else:
+        FakeQemu(sys.argv[1:]).run()
+
+
+if __name__ == "__main__":
+    main()
