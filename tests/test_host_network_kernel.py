@@ -26,9 +26,9 @@ from oscloudd.errors import AlreadyExistsError, NotFoundError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
 from oscloudd.host.network.firewall import (
     GuestNetwork,
+    apply_ruleset,
     ensure_forwarding,
     remove_ruleset,
-    apply_ruleset,
 )
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.routes import find_free_subnet

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oscloudd.errors import HostError
-from oscloudd.host.processes import ExitStatus, ProcessHandle, session_pids, start_process
+from oscloudd.host.processes import ExitStatus, ProcessHandle, start_process
+from oscloudd.host.sessions import end_session
 
 _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 65536
 _KEPT_OUTPUT_BYTES = 16 << 20
 _ERROR_LINES = 20
-_KILL_SECONDS = 10.0
 # How long a grandchild may keep the pipes open after the command itself has ended.
 _DRAIN_SECONDS = 1.0
 _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -147,6 +147,7 @@ class _Command:
         self._stderr = _Output(on_line)
         self._process: ProcessHandle | None = None
         self._readers: list[asyncio.Task[None]] = []
+        self._ending: asyncio.Task[None] | None = None
 
     def start(
         self, *, input_text: str | None, environment: Mapping[str, str] | None, cwd: Path | None
@@ -184,12 +185,9 @@ class _Command:
         self.stdout.close()
         self._stderr.close()
         if self._process is not None:
-            try:
-                if self._process.is_alive():
-                    _kill_session(self._process.identity.pid)
-                    await asyncio.shield(self._process.wait_exit(_KILL_SECONDS))
-            finally:
-                self._process.close()
+            # A second cancellation must not leave half of the session behind.
+            self._ending = asyncio.create_task(end_session(self._process))
+            await asyncio.shield(self._ending)
 
     def failure(self, what: str, status: int | None) -> HostError:
         said = (self._stderr.text().strip() or self.stdout.text().strip()).splitlines()
@@ -207,15 +205,6 @@ class _Command:
         )
         words = [word for word in argv[1:3] if re.fullmatch(r"[a-z][a-z-]*", word)]
         return " ".join([Path(argv[0]).name, *words[:1]])
-
-
-def _kill_session(leader_pid: int) -> None:
-    # The leader is our child and not reaped yet, so its number, and the session's, can't be reused.
-    for pid in {leader_pid, *session_pids(leader_pid)}:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _memory_file(text: str) -> int:
