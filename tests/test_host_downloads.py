@@ -1,6 +1,7 @@
 """Downloads from a server on loopback with named misbehaviours."""
 
 import asyncio
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -77,7 +78,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         cut = self.behaviour.cuts.pop(0) if self.behaviour.cuts else len(body)
-        self.wfile.write(body[:cut])
+        # A client that gives up hangs up.
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body[:cut])
         if cut < len(body) and self.behaviour.stalls:
             self.behaviour.stalls -= 1
             self.wfile.flush()
