@@ -34,7 +34,7 @@ clean: ## down, then remove what was made: .run, .venv, caches
 
 .PHONY: ctl
 ctl: ## Run the command line on this checkout's daemon  [ARGS="vm-list"]
-	@OSCLOUD_SOCKET=$(CURDIR)/.run/oscloudd.sock .venv/bin/oscloudctl $(ARGS)
+	@OSCLOUD_SOCKET='$(CURDIR)/.run/oscloudd.sock' .venv/bin/oscloudctl $(ARGS)
 
 .PHONY: test
 test: ## Install what the tests need and run them all  [ARGS="-k name"]

@@ -7,6 +7,7 @@ down.py and installing to `install`.
 import argparse
 import fcntl
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from checkout import (
     LOGS,
     NAMESPACE_FILE,
     RUN,
+    SOCKET,
+    VENV,
     ensure_config,
     read_listen,
     read_namespace,
@@ -174,7 +177,7 @@ Log in ({login}):
     {inside}ssh -i .run/id_ed25519 -o UserKnownHostsFile=.run/known_hosts root@{info["ip"]}
 
 Next:
-    export OSCLOUD_SOCKET={RUN}/oscloudd.sock PATH={RUN.parent}/.venv/bin:$PATH
+    export OSCLOUD_SOCKET={shlex.quote(str(SOCKET))} PATH={shlex.quote(str(VENV / "bin"))}:$PATH
     oscloudctl vm-list
     oscloudctl vm-console {info["name"]}        # Ctrl-] leaves
     oscloudctl vm-create web
