@@ -121,15 +121,20 @@ class Qemu:
     async def stop(self, *, timeout_seconds: float = 30.0, force: bool = False) -> Ending:
         """End the machine: power button and `timeout_seconds`, then `quit`, then SIGKILL.
 
-        With `force` the first step is left out. Raises OperationTimeoutError if even SIGKILL did
-        not end the process, which a host with a dead disk can do.
+        With `force` the first step is left out; without a monitor only the last is there. Raises
+        OperationTimeoutError if even SIGKILL did not end the process, which a host with a dead
+        disk can do.
         """
-        steps = (self._quit, self._kill) if force else (self._ask_guest, self._quit, self._kill)
-        for step in steps:
+        ladder = [(self._quit, QUIT_SECONDS)]
+        if not force:
+            ladder.insert(0, (self._ask_guest, timeout_seconds))
+        if not self.is_connected:
+            ladder.clear()
+        for step, limit_seconds in (*ladder, (self._kill, KILL_SECONDS)):
+            # A step whose answer got lost may have worked: qemu writes its disks out as it quits.
             with suppress(HostError, OperationTimeoutError, NotFoundError):
                 await step()
-            limit = {self._quit: QUIT_SECONDS, self._kill: KILL_SECONDS}.get(step, timeout_seconds)
-            await asyncio.wait([self.exited], timeout=limit)
+            await asyncio.wait([self.exited], timeout=limit_seconds)
             if self.exited.done():
                 return self.exited.result()
             _log.warning(
