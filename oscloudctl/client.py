@@ -64,6 +64,7 @@ class Client:
         self._stream: socket.socket | None = None
         self._unread = bytearray()
         self._last_id = 0
+        self._aborted = False
 
     def __enter__(self) -> "Client":
         return self
@@ -82,6 +83,13 @@ class Client:
             self._stream.close()
         self._stream = None
         self._unread.clear()
+
+    def abort(self) -> None:
+        """Make the call that another thread is in fail at once, and every later one."""
+        self._aborted = True
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)
 
     def call(
         self,
@@ -131,6 +139,8 @@ class Client:
         return RawConnection(answer=answer, unread=unread, stream=stream)
 
     def _connected(self) -> socket.socket:
+        if self._aborted:
+            raise ConnectionAbortedError
         if self._stream is None:
             self._stream = _connect(self.socket_path)
         return self._stream

@@ -1,6 +1,7 @@
 """Answers on standard output: tables and fields for people, JSON and ids for programs."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,11 @@ Row = dict[str, Any]
 EMPTY = "-"
 _SIZES = {"mem_size", "disk_size", "size", "allocated"}
 _TIMES = {"created_at", "built_at"}
+
+# ECMA-48: CSI with its parameters and final byte, OSC up to BEL or ST, two-byte sequences.
+_CONTROL_SEQUENCE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -Z\\^-~])"
+)
 
 
 class Column(NamedTuple):
@@ -132,12 +138,14 @@ def format_duration(seconds: float) -> str:
 
 def make_printable(text: str) -> str:
     """Drop control characters: what a guest printed must not drive the terminal it is shown on."""
+    text = _CONTROL_SEQUENCE.sub("", text)
     return "".join(char for char in text if char in "\n\t" or char.isprintable())
 
 
 def print_guest_text(text: str) -> None:
     """Print what a guest or qemu wrote; as it is into a file or pipe, harmless on a terminal."""
-    click.echo(make_printable(text) if sys.stdout.isatty() else text, nl=False)
+    # `color` keeps click from dropping escape sequences when it writes to a pipe.
+    click.echo(make_printable(text) if sys.stdout.isatty() else text, nl=False, color=True)
     if text and not text.endswith("\n"):
         click.echo()
 

@@ -119,7 +119,7 @@ def _follow_console(session: Session, vm: str, lines: int) -> None:
 
     def write(received: bytes) -> None:
         text = received.decode(errors="replace")
-        click.echo(make_printable(text) if harmless else text, nl=False)
+        click.echo(make_printable(text) if harmless else text, nl=False, color=True)
 
     with raw.stream:
         follow(raw.stream, "".join(tail).encode() + raw.unread, write)

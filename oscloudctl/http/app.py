@@ -1,5 +1,6 @@
 """The shim's routes: each reads its parameters, calls the daemon in a thread, answers JSON."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import anyio.to_thread
@@ -52,9 +53,9 @@ def build_app(socket_path: str, *, listen_host: str) -> Starlette:
 def _build_endpoint(
     operation: legacy.Operation, socket_path: str, limiter: CapacityLimiter
 ) -> Endpoint:
-    def call(body: legacy.Body) -> Response:
+    def call(client: Client, body: legacy.Body) -> Response:
         try:
-            with Client(socket_path) as client:
+            with client:
                 return answer_json(operation(client, body))
         except DaemonUnreachableError as error:
             return answer_failure(error.http_status, error.message)
@@ -63,8 +64,15 @@ def _build_endpoint(
             return answer_failure(200, legacy.describe_error(error))
 
     async def endpoint(request: Request) -> Response:
-        body = await read_parameters(request)
-        return await anyio.to_thread.run_sync(call, body, limiter=limiter)
+        body, client = await read_parameters(request), Client(socket_path)
+        try:
+            return await anyio.to_thread.run_sync(
+                call, client, body, abandon_on_cancel=True, limiter=limiter
+            )
+        except asyncio.CancelledError:
+            # We are stopping, and the interpreter waits for its threads.
+            client.abort()
+            raise
 
     return endpoint
 

@@ -51,7 +51,7 @@ def read_listen(config: str | None) -> str:
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Bind the address; raise ClickException saying which it was if that fails."""
+    """Listen on the address; raise ClickException saying which it was if that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -59,6 +59,7 @@ def open_listener(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise click.ClickException(f"can't listen on {host}:{port}: {error.strerror}") from error
     return listener
