@@ -4,6 +4,7 @@ Owns the one connection of a command. How an answer is written is output.py's bu
 """
 
 from collections.abc import Callable
+from math import isnan
 from typing import Any, TypeVar
 
 import click
@@ -105,7 +106,13 @@ def vm_argument(function: Decorated) -> Decorated:
 
 def timeout_option(default: float, what: str) -> Callable[[Decorated], Decorated]:
     """Add `--timeout`, in seconds."""
+
+    def whole(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+        if isnan(value):  # which no range keeps out
+            raise click.BadParameter("nan is no number of seconds")
+        return int(value) if value.is_integer() else value
+
     return click.option(
-        "--timeout", type=click.FloatRange(min=0), default=default, show_default=True,
-        metavar="SECONDS", help=f"{what}",
+        "--timeout", type=click.FloatRange(min=0, max=86400), default=default, show_default=True,
+        metavar="SECONDS", help=what, callback=whole,
     )  # fmt: skip
