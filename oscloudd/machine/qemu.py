@@ -90,12 +90,14 @@ class Qemu:
 
         Raises HostError (ForeignMachineError among them) or OperationTimeoutError.
         """
-        if not self.is_connected:
-            await self._connect_monitor(timeout_seconds)
+        # The serial line first: the monitor's answers then come from a qemu that has accepted it,
+        # and nothing the guest prints after `resume` is missed.
         if self._console is None or self._console.closed.is_set():
             console = SerialConsole(self._directory.connect(SERIAL), history=self._history)
             await console.open()
             self._console = console
+        if not self.is_connected:
+            await self._connect_monitor(timeout_seconds)
 
     async def status(self, *, timeout_seconds: float = ANSWER_SECONDS) -> str:
         """Give qemu's own run state: `running`, `paused`, `prelaunch`, `io-error`, …"""
