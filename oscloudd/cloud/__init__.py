@@ -1,0 +1,1 @@
+"""What a cloud does: vms, disks, networks, templates and jobs. One module a noun."""

@@ -1,0 +1,169 @@
+"""Networks: a subnet, a bridge with its gateway address, and the way out through the host.
+
+The first one, `default`, is made at first start. A bridge comes up with the first vm that needs
+it, and what is up is put back in order whenever it is needed again.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+
+import msgspec
+from peewee import fn
+
+from oscloudd.cloud.allocation import gateway_of
+from oscloudd.config import Config
+from oscloudd.errors import NotFoundError
+from oscloudd.host.network.bridges import Bridge, ensure_bridge
+from oscloudd.host.network.firewall import GuestNetwork, ensure_forwarding, apply_ruleset
+from oscloudd.host.network.resolvers import host_resolvers
+from oscloudd.host.network.routes import find_free_subnet
+from oscloudd.store.database import Database
+from oscloudd.store.models import Network, Vm
+
+_log = logging.getLogger(__name__)
+DEFAULT_NETWORK = "default"
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """A network as its row has it."""
+
+    id: int
+    name: str
+    subnet: IPv4Network
+    bridge_index: int
+    dns: tuple[str, ...]
+    created_at: float
+
+    @property
+    def bridge(self) -> str:
+        """The bridge's interface name."""
+        return f"oscbr{self.bridge_index}"
+
+    @property
+    def gateway(self) -> str:
+        """The host's own address in it."""
+        return str(gateway_of(self.subnet))
+
+
+class NetworkInfo(msgspec.Struct, frozen=True):
+    """The answer of `network_info`."""
+
+    id: int
+    name: str
+    subnet: str
+    gateway: str
+    mask: int
+    bridge: str
+    dns: list[str]
+    addresses_used: int
+    vms: list[str]
+    created_at: float
+
+
+def read_network(key: int | str) -> NetworkRecord:
+    """Read a network by id or name, inside a transaction; raises NotFoundError."""
+    row = Network.get_or_none(Network.id == key if isinstance(key, int) else Network.name == key)
+    if row is None:
+        raise NotFoundError(
+            f"network {str(key)[:80]!r} not found",
+            hint="see: oscloudctl network-list",
+            object="network",
+            name=str(key)[:80],
+        )
+    return _record(row)
+
+
+def _record(row: Network) -> NetworkRecord:
+    return NetworkRecord(
+        id=row.id,
+        name=row.name,
+        subnet=IPv4Network(f"{row.ip}/{row.mask}"),
+        bridge_index=row.bridge_interface_idx,
+        dns=tuple(row.dns.split()),
+        created_at=row.created_at,
+    )
+
+
+class Networks:
+    """All networks of this cloud and their bridges on this host."""
+
+    def __init__(self, config: Config, database: Database) -> None:
+        self._config = config
+        self._database = database
+        self._host = asyncio.Lock()
+        self._known_up: set[int] = set()
+
+    async def ensure_default(self) -> None:
+        """Make the network `default` unless there is one, on a subnet the host does not use yet."""
+
+        def exists() -> bool:
+            return bool(Network.select().where(Network.name == DEFAULT_NETWORK).exists())
+
+        if await self._database.run(exists):
+            return
+        wanted = self._config.network.subnet_network()
+        subnet = await find_free_subnet(wanted)
+        if subnet != wanted:
+            _log.warning("%s overlaps a route of this host: network default is %s", wanted, subnet)
+
+        def insert() -> None:
+            Network.create(
+                name=DEFAULT_NETWORK,
+                ip=str(subnet.network_address),
+                mask=subnet.prefixlen,
+                bridge_interface_idx=0,
+                dns=" ".join(self._config.network.dns),
+                created_at=time.time(),
+            )
+
+        await self._database.run(insert)
+
+    async def ensure_up(self, network: NetworkRecord) -> None:
+        """Bring up the network's bridge and the firewall of all networks; may be called again."""
+        async with self._host:
+            gateway = gateway_of(network.subnet)
+            bridge = Bridge(network.bridge, gateway, network.subnet.prefixlen)
+            await ensure_bridge(bridge)
+            if network.id not in self._known_up:
+                await asyncio.to_thread(ensure_forwarding)
+                records = await self._database.run(
+                    lambda: [_record(row) for row in Network.select()]
+                )
+                await apply_ruleset(
+                    [GuestNetwork(record.bridge, record.subnet) for record in records]
+                )
+                self._known_up.add(network.id)
+
+    def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
+        """Give the name servers its guests are told."""
+        return network.dns or tuple(str(address) for address in host_resolvers())
+
+    async def list(self) -> list[NetworkInfo]:
+        """Describe every network."""
+        return await self._database.run(
+            lambda: [self._describe(_record(row)) for row in Network.select().order_by(Network.id)]
+        )
+
+    async def info(self, key: int | str) -> NetworkInfo:
+        """Describe one network; raises NotFoundError."""
+        return await self._database.run(lambda: self._describe(read_network(key)))
+
+    def _describe(self, network: NetworkRecord) -> NetworkInfo:
+        names = Vm.select(Vm.name).where(Vm.network == network.id).order_by(Vm.id).tuples()
+        used = Vm.select(fn.COUNT(Vm.id)).where(Vm.network == network.id).scalar()
+        return NetworkInfo(
+            id=network.id,
+            name=network.name,
+            subnet=str(network.subnet),
+            gateway=network.gateway,
+            mask=network.subnet.prefixlen,
+            bridge=network.bridge,
+            dns=list(self.resolvers(network)),
+            addresses_used=int(used),
+            vms=[name for (name,) in names],
+            created_at=network.created_at,
+        )

@@ -1,0 +1,132 @@
+"""What a template is: its declaration, a TOML file, and the files made from it.
+
+Reads both; makes and removes nothing.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from oscloudd.errors import HostError, InvalidArgumentError
+from oscloudd.units import check_name, parse_size
+
+DECLARATION = "template.toml"
+DIGEST = "digest"
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[source]: where the image comes from."""
+
+    kind: Literal["build", "download"]
+    url: str = ""
+    checksums_url: str = ""
+    file_name: str = ""
+    format: Literal["qcow2", "raw"] = "qcow2"
+
+
+class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[boot]: a kernel given to qemu directly; without one the image boots by itself."""
+
+    kernel: str = ""
+    initrd: str = ""
+    cmdline: str = ""
+
+
+class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[image]: the base of every disk made from this template."""
+
+    file: str = "disk.qcow2"
+    format: Literal["qcow2", "raw"] = "qcow2"
+
+
+class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[guest]: how it is told who it is, and what its login prompt looks like."""
+
+    identity: Literal["serial", "cloud-init"]
+    login_prompt: str = "login:"
+
+
+class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """template.toml."""
+
+    description: str
+    os: str
+    source: Source
+    guest: Guest
+    boot: Boot = Boot()
+    image: Image = Image()
+    min_mem_size: str = "128M"
+
+    @property
+    def min_mem_bytes(self) -> int:
+        """The least memory its kernel starts with."""
+        return parse_size(self.min_mem_size, parameter="min_mem_size")
+
+
+@dataclass(frozen=True)
+class ReadyTemplate:
+    """A template whose files are all there, read-only for as long as it exists."""
+
+    name: str
+    directory: Path
+    declaration: Declaration
+    digest: str
+
+    @property
+    def image(self) -> Path:
+        """The base image."""
+        return self.directory / self.declaration.image.file
+
+    @property
+    def kernel(self) -> Path | None:
+        """The kernel, where qemu is to load it."""
+        return self._optional(self.declaration.boot.kernel)
+
+    @property
+    def initrd(self) -> Path | None:
+        """The initial RAM disk that goes with it."""
+        return self._optional(self.declaration.boot.initrd)
+
+    def _optional(self, name: str) -> Path | None:
+        return self.directory / name if name else None
+
+
+def read_declaration(directory: Path) -> Declaration:
+    """Read template.toml; raises HostError naming the file and the mistake."""
+    path = directory / DECLARATION
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), Declaration)
+    except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise HostError(f"template declaration {path}: {error}") from error
+
+
+def read_ready(directory: Path) -> ReadyTemplate | None:
+    """Read a made template, or None where there is none."""
+    digest = directory / DIGEST
+    if not digest.is_file():
+        return None
+    return ReadyTemplate(
+        directory.name, directory, read_declaration(directory), digest.read_text().strip()
+    )
+
+
+def find_declarations(template_dirs: list[str]) -> dict[str, Path]:
+    """Give the directory of every declared template by name; the first directory wins."""
+    found: dict[str, Path] = {}
+    for template_dir in map(Path, template_dirs):
+        for path in sorted(template_dir.glob(f"*/{DECLARATION}")):
+            if _can_name(path.parent.name):
+                found.setdefault(path.parent.name, path.parent)
+    return found
+
+
+def _can_name(name: str) -> bool:
+    # Vendors' names have dots ("ubuntu_22.04"), which no vm's has.
+    try:
+        check_name(name.replace(".", "_"), parameter="template")
+    except InvalidArgumentError:
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""The configuration file: one TOML document, every key optional, every mistake named.
+
+Known by every room. Reads; never writes.
+"""
+
+import os
+import tomllib
+from ipaddress import IPv4Address, IPv4Network, ip_network
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from oscloudd.errors import InvalidArgumentError
+
+DEFAULT_PATH = Path("/etc/oscloud/oscloud.toml")
+
+
+class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[http]: where the shim listens."""
+
+    listen: str = "127.0.0.1:5000"
+
+
+class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[guest]: what every new guest gets unless its creator says otherwise."""
+
+    root_password: str = "123456"  # the original's; "" locks the password
+    default_image: str = "debian_12"
+
+
+class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[network]: the network "default", made at first start."""
+
+    subnet: str = "192.168.0.0/16"
+    dns: list[str] = []
+
+    def subnet_network(self) -> IPv4Network:
+        """Give `subnet` as a network; raises InvalidArgumentError if it is none with room for guests."""
+        try:
+            network = ip_network(self.subnet)
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"network.subnet {self.subnet!r} is not a network: {error}",
+                hint='write it as "192.168.0.0/16"',
+            ) from error
+        if not isinstance(network, IPv4Network) or network.prefixlen > 29:
+            raise InvalidArgumentError(
+                f"network.subnet {self.subnet!r} is too small or not IPv4", hint="use a /29 or larger"
+            )
+        return network
+
+
+class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[qemu]: the program and the user it runs as."""
+
+    binary: str = "qemu-system-x86_64"
+    user: str = ""  # "" is oscloud-qemu where it exists, else nobody
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """oscloud.toml, whole."""
+
+    state_dir: str = "/var/lib/oscloud"
+    runtime_dir: str = "/run/oscloud"
+    log_dir: str = "/var/log/oscloud"
+    socket: str = ""  # "" is oscloudd.sock in runtime_dir
+    template_dirs: list[str] = ["/usr/share/oscloud/templates"]
+    database: str = ""  # "" is SQLite in state_dir
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    socket_group: str = "oscloud"
+    http: HttpConfig = HttpConfig()
+    guest: GuestConfig = GuestConfig()
+    network: NetworkConfig = NetworkConfig()
+    qemu: QemuConfig = QemuConfig()
+
+    @property
+    def state_path(self) -> Path:
+        """What must survive a reboot."""
+        return Path(self.state_dir)
+
+    @property
+    def runtime_path(self) -> Path:
+        """What must not."""
+        return Path(self.runtime_dir)
+
+    @property
+    def log_path(self) -> Path:
+        """What is kept for people."""
+        return Path(self.log_dir)
+
+    @property
+    def socket_path(self) -> Path:
+        """Where clients connect."""
+        return Path(self.socket) if self.socket else self.runtime_path / "oscloudd.sock"
+
+
+def load_config(path: Path | None) -> Config:
+    """Read the configuration at `path`, at OSCLOUD_CONFIG, or the system's; without a file, the defaults.
+
+    Raises InvalidArgumentError naming file, key and value for anything it does not know.
+    """
+    named = path or (Path(env) if (env := os.environ.get("OSCLOUD_CONFIG")) else None)
+    try:
+        document = tomllib.loads((named or DEFAULT_PATH).read_text())
+    except FileNotFoundError as error:
+        if named is None:
+            return Config()
+        raise InvalidArgumentError(f"configuration file {named} does not exist") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgumentError(f"configuration file {named or DEFAULT_PATH}: {error}") from error
+    return _check(document, named or DEFAULT_PATH)
+
+
+def _check(document: dict[str, object], path: Path) -> Config:
+    try:
+        config = msgspec.convert(document, Config)
+        config.network.subnet_network()
+        for server in config.network.dns:
+            IPv4Address(server)
+    except (msgspec.ValidationError, ValueError, InvalidArgumentError) as error:
+        raise InvalidArgumentError(f"configuration file {path}: {error}") from error
+    return config

@@ -1,0 +1,1 @@
+"""What must survive: peewee models, transactions and migrations."""

@@ -1,0 +1,129 @@
+"""The tables. Column names are the original's where they still mean the same.
+
+What is allocated (names, addresses, MACs, taps, serial ports) is UNIQUE here, so that two
+callers can never be given the same thing whatever the code above does.
+"""
+
+from typing import Any
+
+from peewee import (
+    SQL,
+    AutoField,
+    BigIntegerField,
+    BooleanField,
+    CharField,
+    DatabaseProxy,
+    FloatField,
+    ForeignKeyField,
+    IntegerField,
+    Model,
+    NodeList,
+    SqliteDatabase,
+    TextField,
+)
+
+database_proxy = DatabaseProxy()
+
+
+class IdField(AutoField):  # type: ignore[misc]
+    """A number never given twice, as MariaDB does by itself.
+
+    Directories and logs are named by id, and SQLite without AUTOINCREMENT would give a new vm
+    the id of the last one deleted.
+    """
+
+    def ddl(self, ctx: Any) -> Any:
+        """Give the column's definition."""
+        column = super().ddl(ctx)
+        if isinstance(database_proxy.obj, SqliteDatabase):
+            return NodeList((column, SQL("AUTOINCREMENT")))
+        return column
+
+
+class Table(Model):  # type: ignore[misc]
+    """Base of all tables; bound to a database by `store.database`."""
+
+    class Meta:
+        """peewee's own."""
+
+        database = database_proxy
+        legacy_table_names = False
+
+
+class Network(Table):
+    """One bridge with one subnet behind it."""
+
+    id = IdField()
+    name = CharField(max_length=63, unique=True)
+    ip = CharField(max_length=15)  # the network's address, dotted
+    mask = IntegerField()  # prefix length
+    bridge_interface_idx = IntegerField(unique=True)
+    dns = TextField(default="")  # space separated; "" is the host's own resolvers
+    created_at = FloatField()
+
+
+class Disk(Table):
+    """One qcow2 overlay on a template's base image."""
+
+    id = IdField()
+    name = CharField(max_length=63, unique=True)
+    size = BigIntegerField()
+    template_name = CharField(max_length=63, null=True)
+    created_at = FloatField()
+
+
+class Vm(Table):
+    """One virtual machine: what the user wants of it and what was last seen."""
+
+    id = IdField()
+    name = CharField(max_length=63, unique=True)
+    uuid = CharField(max_length=36, unique=True)
+    disk = ForeignKeyField(Disk, backref="vms", unique=True, on_delete="RESTRICT")
+    network = ForeignKeyField(Network, backref="vms", on_delete="RESTRICT")
+    mem_size = BigIntegerField()
+    cpus = IntegerField()
+    ip = CharField(max_length=15)
+    mac = CharField(max_length=17, unique=True)
+    tap_interface_idx = IntegerField(unique=True)
+    qemu_serial_port = IntegerField(unique=True)
+    state = CharField(max_length=16)
+    wanted_state = CharField(max_length=16)
+    reason = TextField(default="")
+    ready = BooleanField(default=False)
+    started = CharField(max_length=4, default="cold")
+    started_at = FloatField(null=True)
+    accelerator = CharField(max_length=8, default="")
+    # A process is named by all three: a pid alone may be somebody else's by now.
+    qemu_pid = IntegerField(null=True)
+    qemu_start_ticks = BigIntegerField(null=True)
+    qemu_boot_id = CharField(max_length=36, null=True)
+    host_keys = TextField(default="")  # public ssh host keys, one a line
+    identified = BooleanField(default=False)  # the guest has taken its identity in
+    seed_document = TextField(default="")  # what it is to be told at first boot; emptied once told
+    owner_uid = IntegerField()
+    autostart = CharField(max_length=10, default="no")
+    restart = CharField(max_length=10, default="no")
+    created_at = FloatField()
+
+    class Meta:
+        """An address is one vm's within its network."""
+
+        indexes = ((("network", "ip"), True),)
+
+
+class Job(Table):
+    """One long operation: written before anything outside the database happens."""
+
+    id = IdField()
+    kind = CharField(max_length=32)
+    target = CharField(max_length=63)  # the name of what it works on
+    vm_id = IntegerField(null=True)
+    state = CharField(max_length=10)
+    stage = CharField(max_length=32, default="")
+    message = TextField(default="")
+    owner_uid = IntegerField()
+    created_at = FloatField()
+    finished_at = FloatField(null=True)
+
+
+TABLES = (Network, Disk, Vm, Job)
