@@ -46,7 +46,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from error
         if not isinstance(network, IPv4Network) or network.prefixlen > 29:
             raise InvalidArgumentError(
-                f"network.subnet {self.subnet!r} is too small or not IPv4", hint="use a /29 or larger"
+                f"network.subnet {self.subnet!r} is too small or not IPv4",
+                hint="use a /29 or larger",
             )
         return network
 
@@ -65,7 +66,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime_dir: str = "/run/oscloud"
     log_dir: str = "/var/log/oscloud"
     socket: str = ""  # "" is oscloudd.sock in runtime_dir
-    template_dirs: list[str] = ["/usr/share/oscloud/templates"]
+    template_dirs: list[str] = msgspec.field(
+        default_factory=lambda: ["/usr/share/oscloud/templates"]
+    )
     database: str = ""  # "" is SQLite in state_dir
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     socket_group: str = "oscloud"
@@ -108,7 +111,9 @@ def load_config(path: Path | None) -> Config:
             return Config()
         raise InvalidArgumentError(f"configuration file {named} does not exist") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidArgumentError(f"configuration file {named or DEFAULT_PATH}: {error}") from error
+        raise InvalidArgumentError(
+            f"configuration file {named or DEFAULT_PATH}: {error}"
+        ) from error
     return _check(document, named or DEFAULT_PATH)
 
 

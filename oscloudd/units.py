@@ -13,7 +13,7 @@ _SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)")
 # 2^63 - 1: the largest INTEGER of SQLite and the largest offset qemu-img takes.
 MAX_SIZE_BYTES = (1 << 63) - 1
 
-# One DNS label (RFC 1035, 63 octets) plus the underscore, which the original's own example `my_vm` uses.
+# One DNS label (RFC 1035, 63 octets) plus the underscore of the original's own `my_vm`.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 _NAME = re.compile(NAME_PATTERN, re.ASCII)
 
@@ -44,7 +44,7 @@ def _bad_size(value: object, parameter: str) -> InvalidArgumentError:
 
 
 def format_size(size_bytes: int) -> str:
-    """Write bytes the way `parse_size` reads them: the largest unit that divides them, or one decimal."""
+    """Write bytes the way `parse_size` reads them, in the largest unit that fits."""
     for unit in ("T", "G", "M", "K"):
         scale = _UNITS[unit]
         if size_bytes >= scale:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network
 from itertools import count
 
-from oscloudd.errors import ExhaustedError, InvalidArgumentError, InUseError
+from oscloudd.errors import ExhaustedError, InUseError, InvalidArgumentError
 
 # The original's ports: 10002, 10004, …
 FIRST_SERIAL_PORT = 10002
@@ -54,9 +54,7 @@ def allocate_address(
     )
 
 
-def _check_wanted(
-    subnet: IPv4Network, taken: Collection[str], wanted: str, network: str
-) -> str:
+def _check_wanted(subnet: IPv4Network, taken: Collection[str], wanted: str, network: str) -> str:
     try:
         address = IPv4Address(wanted)
     except ValueError as error:
@@ -71,7 +69,9 @@ def _check_wanted(
             parameter="ip",
         )
     if wanted in taken:
-        raise InUseError(f"ip {wanted} belongs to another vm", hint="leave ip out to get a free one")
+        raise InUseError(
+            f"ip {wanted} belongs to another vm", hint="leave ip out to get a free one"
+        )
     return str(address)
 
 

@@ -36,4 +36,6 @@ class Changes:
                         return seen
                     await change.wait()
         except TimeoutError as error:
-            raise OperationTimeoutError(f"{what} did not happen within {timeout_seconds:g} s") from error
+            raise OperationTimeoutError(
+                f"{what} did not happen within {timeout_seconds:g} s"
+            ) from error

@@ -102,11 +102,13 @@ class Jobs:
     async def end_unfinished(self) -> None:
         """Mark jobs of an earlier daemon as failed: nobody is working on them any more."""
         await self._database.run(
-            lambda: JobRow.update(
-                state=JobState.FAILED, message="the daemon stopped", finished_at=time.time()
+            lambda: (
+                JobRow.update(
+                    state=JobState.FAILED, message="the daemon stopped", finished_at=time.time()
+                )
+                .where(JobRow.state == JobState.RUNNING)
+                .execute()
             )
-            .where(JobRow.state == JobState.RUNNING)
-            .execute()
         )
 
     async def _run(self, job: Job, work: Awaitable[T]) -> T:
@@ -126,9 +128,11 @@ class Jobs:
 
     async def _finish(self, job: Job, state: JobState, message: str) -> None:
         await self._database.run(
-            lambda: JobRow.update(
-                state=state, stage=job.stage, message=message, finished_at=time.time()
+            lambda: (
+                JobRow.update(
+                    state=state, stage=job.stage, message=message, finished_at=time.time()
+                )
+                .where(JobRow.id == job.id)
+                .execute()
             )
-            .where(JobRow.id == job.id)
-            .execute()
         )

@@ -17,7 +17,7 @@ from oscloudd.cloud.allocation import gateway_of
 from oscloudd.config import Config
 from oscloudd.errors import NotFoundError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import GuestNetwork, ensure_forwarding, apply_ruleset
+from oscloudd.host.network.firewall import GuestNetwork, apply_ruleset, ensure_forwarding
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database

@@ -213,9 +213,7 @@ class Supervisor:
             held.on_stage("booting", "waiting for the guest's first boot")
             line = held.qemu.console.attach_socket(with_history=True)
             with line:
-                await asyncio.to_thread(
-                    tell_identity, line, document, boot_seconds=BOOT_SECONDS
-                )
+                await asyncio.to_thread(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
             await self._states.record_identified(vm.id)
         held.on_stage("ready", f"waiting for sshd at {vm.ip}")
         await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
@@ -264,9 +262,14 @@ class Supervisor:
 
     async def _see_if_held(self, vm_id: int, state: VmState, reason: str) -> None:
         seen = await self._states.find(vm_id)
-        if vm_id in self._held and seen is not None and seen.state in (
-            VmState.RUNNING,
-            VmState.PAUSED,
+        if (
+            vm_id in self._held
+            and seen is not None
+            and seen.state
+            in (
+                VmState.RUNNING,
+                VmState.PAUSED,
+            )
         ):
             await self._states.see(vm_id, state, reason)
 

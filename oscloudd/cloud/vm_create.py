@@ -44,7 +44,8 @@ from oscloudd.host.keys import HostKeys, make_host_keys
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.store.database import Database
-from oscloudd.store.models import Disk, Job as JobRow, Vm
+from oscloudd.store.models import Disk, Vm
+from oscloudd.store.models import Job as JobRow
 
 # A new overlay takes 200 KiB; a guest that boots writes some tens of MiB.
 _LEAST_FREE_DISK_BYTES = 256 << 20
@@ -174,9 +175,7 @@ class VmCreator:
         )
         addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
         unique = uuid.uuid4()
-        address = allocate_address(
-            network.subnet, addresses, request.ip, network=network.name
-        )
+        address = allocate_address(network.subnet, addresses, request.ip, network=network.name)
         identity = self._identity(request, network, address, mac_of(unique.hex), keys)
         now = time.time()
         disk = Disk.create(

@@ -13,9 +13,9 @@ from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, ExhaustedError, InvalidStateError, NotFoundError
+from oscloudd.host.processes import open_process
 from oscloudd.host.resources import memory_available_bytes
 from oscloudd.host.sessions import end_session
-from oscloudd.host.processes import open_process
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm

@@ -77,7 +77,5 @@ class VmStates:
         return await self._database.run(read)
 
     async def _update(self, vm_id: int, **columns: Any) -> None:
-        await self._database.run(
-            lambda: Vm.update(**columns).where(Vm.id == vm_id).execute()
-        )
+        await self._database.run(lambda: Vm.update(**columns).where(Vm.id == vm_id).execute())
         self.changes.announce()

@@ -33,7 +33,7 @@ class Database:
         )
 
     async def open(self) -> None:
-        """Connect and migrate, keeping a copy of the file first. Raises HostError if it is damaged."""
+        """Connect and migrate, keeping a copy of the file first; raises HostError if damaged."""
         await self._in_thread(self._open)
 
     async def run(self, work: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ from peewee import (
 database_proxy = DatabaseProxy()
 
 
-class IdField(AutoField):  # type: ignore[misc]
+class IdField(AutoField):
     """A number never given twice, as MariaDB does by itself.
 
     Directories and logs are named by id, and SQLite without AUTOINCREMENT would give a new vm
@@ -40,7 +40,7 @@ class IdField(AutoField):  # type: ignore[misc]
         return column
 
 
-class Table(Model):  # type: ignore[misc]
+class Table(Model):
     """Base of all tables; bound to a database by `store.database`."""
 
     class Meta:

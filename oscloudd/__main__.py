@@ -1,0 +1,5 @@
+"""`python -m oscloudd` is the daemon."""
+
+from oscloudd.main import main
+
+main()

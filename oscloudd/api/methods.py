@@ -1,0 +1,164 @@
+"""The table of methods: one visible list, each a name, the shape of its parameters, and a handler.
+
+A handler turns checked parameters into a call of the cloud. Nothing here decides anything.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from oscloudd.api.caller import Caller
+from oscloudd.api.params import (
+    DiskParams,
+    NetworkParams,
+    Params,
+    TemplateParams,
+    VmCreateParams,
+    VmLogParams,
+    VmParams,
+    VmQemuCommandParams,
+    VmRenameParams,
+    VmStopParams,
+    VmWaitParams,
+    check_seconds,
+    check_wait_state,
+)
+from oscloudd.cloud.cloud import Cloud
+from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
+from oscloudd.errors import InvalidArgumentError
+from oscloudd.host.keys import check_public_key
+from oscloudd.units import check_name, parse_size
+
+_MAX_LOG_LINES = 100_000
+# The document goes over a serial line: a password that long is a mistake.
+_MAX_PASSWORD_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's parameters and what runs it."""
+
+    shape: type[Params]
+    handler: Callable[[Cloud, Any, Caller], Awaitable[object]]
+
+
+async def _daemon_info(cloud: Cloud, _params: Params, caller: Caller) -> object:
+    info = await cloud.info()
+    you = caller.credentials._asdict()
+    return {**{name: getattr(info, name) for name in info.__struct_fields__}, "caller": you}
+
+
+async def _vm_create(cloud: Cloud, params: VmCreateParams, caller: Caller) -> object:
+    request = build_request(
+        params, cloud.config.guest.default_image, cloud.config.guest.root_password
+    )
+    return await cloud.creator.create(request, caller.credentials.uid, caller.on_progress)
+
+
+async def _vm_stop(cloud: Cloud, params: VmStopParams, _caller: Caller) -> object:
+    seconds = check_seconds(params.timeout, parameter="timeout")
+    return await cloud.power.stop(params.vm, force=params.force, timeout_seconds=seconds)
+
+
+async def _vm_restart(cloud: Cloud, params: VmStopParams, _caller: Caller) -> object:
+    seconds = check_seconds(params.timeout, parameter="timeout")
+    return await cloud.power.restart(params.vm, force=params.force, timeout_seconds=seconds)
+
+
+async def _vm_delete(cloud: Cloud, params: VmStopParams, _caller: Caller) -> object:
+    seconds = check_seconds(params.timeout, parameter="timeout")
+    return await cloud.power.delete(params.vm, force=params.force, timeout_seconds=seconds)
+
+
+async def _vm_wait(cloud: Cloud, params: VmWaitParams, _caller: Caller) -> object:
+    seconds = check_seconds(params.timeout, parameter="timeout")
+    return await cloud.vms.wait(params.vm, check_wait_state(params.state), seconds)
+
+
+async def _vm_log(cloud: Cloud, params: VmLogParams, _caller: Caller) -> object:
+    if not 1 <= params.lines <= _MAX_LOG_LINES:
+        raise InvalidArgumentError(
+            f"lines {params.lines} is not between 1 and {_MAX_LOG_LINES}", parameter="lines"
+        )
+    return await cloud.vms.log(params.vm, params.source, params.lines)
+
+
+async def _vm_console(cloud: Cloud, params: VmParams, caller: Caller) -> object:
+    caller.attachment = await cloud.vms.console(params.vm)
+    return {"escape": None, "log_tail": ""}
+
+
+async def _template_build(cloud: Cloud, params: TemplateParams, caller: Caller) -> object:
+    uid = caller.credentials.uid
+    return await cloud.templates.build(params.template, uid, caller.on_progress)
+
+
+async def _template_download(cloud: Cloud, params: TemplateParams, caller: Caller) -> object:
+    uid = caller.credentials.uid
+    return await cloud.templates.download(params.template, uid, caller.on_progress)
+
+
+METHODS: dict[str, Method] = {
+    "daemon_info": Method(Params, _daemon_info),
+    "daemon_doctor": Method(Params, lambda cloud, _, __: cloud.doctor.examine()),
+    "vm_create": Method(VmCreateParams, _vm_create),
+    "vm_list": Method(Params, lambda cloud, _, __: cloud.vms.list()),
+    "vm_info": Method(VmParams, lambda cloud, params, _: cloud.vms.info(params.vm)),
+    "vm_start": Method(VmParams, lambda cloud, params, _: cloud.power.start(params.vm)),
+    "vm_stop": Method(VmStopParams, _vm_stop),
+    "vm_restart": Method(VmStopParams, _vm_restart),
+    "vm_pause": Method(VmParams, lambda cloud, params, _: cloud.power.pause(params.vm)),
+    "vm_resume": Method(VmParams, lambda cloud, params, _: cloud.power.resume(params.vm)),
+    "vm_delete": Method(VmStopParams, _vm_delete),
+    "vm_rename": Method(
+        VmRenameParams, lambda cloud, params, _: cloud.vms.rename(params.vm, params.name)
+    ),
+    "vm_wait": Method(VmWaitParams, _vm_wait),
+    "vm_log": Method(VmLogParams, _vm_log),
+    "vm_console": Method(VmParams, _vm_console),
+    "vm_qemu_command": Method(
+        VmQemuCommandParams,
+        lambda cloud, params, _: cloud.vms.qemu_command(
+            params.vm, params.command, params.arguments
+        ),
+    ),
+    "disk_list": Method(Params, lambda cloud, _, __: cloud.disks.list()),
+    "disk_info": Method(DiskParams, lambda cloud, params, _: cloud.disks.info(params.disk)),
+    "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list()),
+    "network_info": Method(
+        NetworkParams, lambda cloud, params, _: cloud.networks.info(params.network)
+    ),
+    "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list()),
+    "template_info": Method(
+        TemplateParams, lambda cloud, params, _: cloud.templates.info(params.template)
+    ),
+    "template_build": Method(TemplateParams, _template_build),
+    "template_download": Method(TemplateParams, _template_download),
+}
+
+
+def build_request(params: VmCreateParams, image: str, password: str) -> VmRequest:
+    """Check what can be checked without looking at anything; raises InvalidArgumentError."""
+    keys = [params.ssh_key] if isinstance(params.ssh_key, str) else params.ssh_key
+    if not 1 <= params.cpus <= MAX_CPUS:
+        raise InvalidArgumentError(
+            f"cpus {params.cpus} is not between 1 and {MAX_CPUS}", parameter="cpus"
+        )
+    chosen = password if params.password is None else params.password
+    if not chosen.isprintable() or len(chosen) > _MAX_PASSWORD_LENGTH:
+        raise InvalidArgumentError(
+            "password has control characters or is longer than 256", parameter="password"
+        )
+    return VmRequest(
+        name=check_name(params.name),
+        image=params.image if params.image is not None else image,
+        network=params.network,
+        mem_size=parse_size(params.mem_size, parameter="mem_size"),
+        disk_size=parse_size(params.disk_size, parameter="disk_size"),
+        cpus=params.cpus,
+        ssh_keys=tuple(check_public_key(key) for key in keys),
+        ip=params.ip,
+        password=chosen,
+        user_data=params.user_data,
+        wait=params.wait,
+    )

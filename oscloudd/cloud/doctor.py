@@ -1,0 +1,130 @@
+"""The daemon examined: what it stands on, each with a verdict and what to do about it."""
+
+import asyncio
+from typing import Literal
+
+import msgspec
+
+from oscloudd.cloud.networks import Networks
+from oscloudd.cloud.templates import Templates
+from oscloudd.config import Config
+from oscloudd.errors import CloudError
+from oscloudd.host.commands import run
+from oscloudd.host.resources import disk_free_bytes, memory_available_bytes, qemu_version
+from oscloudd.host.users import QemuUser
+from oscloudd.machine.accelerator import Accelerator
+from oscloudd.units import format_size
+
+_LITTLE_DISK_BYTES = 5 << 30
+_LITTLE_MEMORY_BYTES = 1 << 30
+
+Verdict = Literal["ok", "warning", "failure"]
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One thing looked at."""
+
+    check: str
+    verdict: Verdict
+    message: str
+    hint: str = ""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The answer of `daemon_doctor`; `ok` when nothing failed."""
+
+    ok: bool
+    checks: list[Check]
+
+
+class Doctor:
+    """Looks at the host the way a vm needs it."""
+
+    def __init__(
+        self,
+        config: Config,
+        networks: Networks,
+        templates: Templates,
+        user: QemuUser,
+        accelerator: "asyncio.Task[Accelerator]",
+    ) -> None:
+        self._config = config
+        self._networks = networks
+        self._templates = templates
+        self._user = user
+        self._accelerator = accelerator
+
+    async def examine(self) -> Report:
+        """Look at everything; a check that fails is a row, never an error."""
+        looks = {
+            "accelerator": self._look_at_accelerator,
+            "qemu": self._look_at_qemu,
+            "qemu user": self._look_at_user,
+            "network": self._look_at_network,
+            "disk": self._look_at_disk,
+            "memory": self._look_at_memory,
+            "templates": self._look_at_templates,
+        }
+        checks = []
+        for name, look in looks.items():
+            try:
+                verdict, message, hint = await look()
+            except (CloudError, OSError) as error:
+                verdict, message = "failure", str(error)
+                hint = (error.hint or "") if isinstance(error, CloudError) else ""
+            checks.append(Check(name, verdict, message, hint))
+        return Report(all(check.verdict != "failure" for check in checks), checks)
+
+    async def _look_at_accelerator(self) -> tuple[Verdict, str, str]:
+        chosen = await asyncio.shield(self._accelerator)
+        message = f"{chosen.name}: {chosen.reason}"
+        if chosen.name == "kvm":
+            return "ok", message, ""
+        hint = "guests are emulated: slow, and by qemu's own word no boundary against hostile code"
+        return "warning", message, hint
+
+    async def _look_at_qemu(self) -> tuple[Verdict, str, str]:
+        return "ok", await qemu_version(self._config.qemu.binary), ""
+
+    async def _look_at_user(self) -> tuple[Verdict, str, str]:
+        if self._user.name == "nobody":
+            return (
+                "warning",
+                "qemu runs as nobody, which it may share with others",
+                "adduser --system --group oscloud-qemu, then restart oscloudd",
+            )
+        return "ok", f"qemu runs as {self._user.name}", ""
+
+    async def _look_at_network(self) -> tuple[Verdict, str, str]:
+        networks = await self._networks.list()
+        await run(["nft", "--check", "-f", "-"], input_text="add table inet oscloud_check\n")
+        wanted = self._config.network.subnet
+        for network in networks:
+            if network.name == "default" and network.subnet != wanted:
+                return (
+                    "warning",
+                    f"network default is {network.subnet}: {wanted} overlaps a route of this host",
+                    "set [network] subnet in oscloud.toml to choose another",
+                )
+        return "ok", ", ".join(f"{net.name} is {net.subnet}" for net in networks), ""
+
+    async def _look_at_disk(self) -> tuple[Verdict, str, str]:
+        free = disk_free_bytes(self._config.state_path)
+        message = f"{format_size(free)} free in {self._config.state_path}"
+        if free < _LITTLE_DISK_BYTES:
+            return "warning", message, "guests stop when their host's disk is full: free some space"
+        return "ok", message, ""
+
+    async def _look_at_memory(self) -> tuple[Verdict, str, str]:
+        available = memory_available_bytes()
+        message = f"{format_size(available)} available"
+        if available < _LITTLE_MEMORY_BYTES:
+            return "warning", message, "stop a vm, or create smaller ones"
+        return "ok", message, ""
+
+    async def _look_at_templates(self) -> tuple[Verdict, str, str]:
+        templates = await self._templates.list()
+        ready = [template.name for template in templates if template.state == "READY"]
+        if not ready:
+            return "warning", "none is made yet", "oscloudctl template-build debian_12"
+        return "ok", f"ready: {', '.join(ready)}", ""

@@ -1,0 +1,109 @@
+"""Looking at vms and talking to them: lists, names, logs, consoles, the monitor."""
+
+import asyncio
+from typing import Any, Literal
+
+import msgspec
+from peewee import IntegrityError
+
+from oscloudd.cloud.states import DOWN_STATES, VmState
+from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.vm_paths import vm_paths
+from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm, read_vms
+from oscloudd.cloud.vm_states import VmStates
+from oscloudd.config import Config
+from oscloudd.errors import AlreadyExistsError, InvalidStateError
+from oscloudd.machine.console import Attachment
+from oscloudd.machine.console_log import read_log_tail
+from oscloudd.store.database import Database
+from oscloudd.store.models import Vm
+from oscloudd.units import check_name
+
+
+class VmLog(msgspec.Struct, frozen=True):
+    """The answer of `vm_log`."""
+
+    text: str
+
+
+class Vms:
+    """What can be asked of vms without changing whether they run."""
+
+    def __init__(
+        self, config: Config, database: Database, states: VmStates, supervisor: Supervisor
+    ) -> None:
+        self._config = config
+        self._database = database
+        self._states = states
+        self._supervisor = supervisor
+
+    async def list(self) -> list[VmInfo]:
+        """Describe every vm, by id."""
+        return [describe(vm) for vm in await self._database.run(read_vms)]
+
+    async def info(self, key: int | str) -> VmInfo:
+        """Describe one vm; raises NotFoundError."""
+        return describe(await self._read(key))
+
+    async def rename(self, key: int | str, name: str) -> VmInfo:
+        """Give a vm another name; its guest keeps its hostname until it is told otherwise."""
+        check_name(name)
+
+        def rename() -> VmRecord:
+            vm = read_vm(key)
+            Vm.update(name=name).where(Vm.id == vm.id).execute()
+            return read_vm(vm.id)
+
+        try:
+            vm = await self._database.run(rename)
+        except IntegrityError as error:
+            raise AlreadyExistsError(
+                f"vm {name!r} already exists", hint="choose another name", object="vm", name=name
+            ) from error
+        self._states.changes.announce()
+        return describe(vm)
+
+    async def wait(self, key: int | str, state: str, timeout_seconds: float) -> VmInfo:
+        """Wait until a vm is in `state`, or can be logged into with "ready"."""
+        vm_id = (await self._read(key)).id
+
+        async def look() -> VmInfo | None:
+            info = describe(await self._read(vm_id))
+            if info.ready if state == "ready" else info.state == state:
+                return info
+            if state == "ready" and info.state in DOWN_STATES:
+                raise InvalidStateError(
+                    f"vm {info.name!r} can't become ready: it is {info.state}",
+                    hint=f"start it: oscloudctl vm-start {info.name}",
+                    state=info.state,
+                )
+            return None
+
+        what = f"vm {key!r} becoming {state}"
+        return await self._states.changes.wait_until(
+            look, timeout_seconds=timeout_seconds, what=what
+        )
+
+    async def log(self, key: int | str, source: Literal["console", "qemu"], lines: int) -> VmLog:
+        """Give the last lines the guest printed on its console, or qemu itself in its log."""
+        vm = await self._read(key)
+        paths = vm_paths(self._config, vm.id, vm.disk_id)
+        path = paths.console_log if source == "console" else paths.qemu_log
+        tail = await asyncio.to_thread(read_log_tail, path)
+        kept = tail.decode("utf-8", "replace").splitlines(keepends=True)[-lines:]
+        return VmLog("".join(kept))
+
+    async def console(self, key: int | str) -> Attachment:
+        """Attach to a vm's serial line, its last output first; the caller closes it."""
+        vm = await self._read(key)
+        return self._supervisor.get(vm).console.attach(with_history=True)
+
+    async def qemu_command(self, key: int | str, command: str, arguments: dict[str, Any]) -> Any:
+        """Run one QMP command; raises HostError with qemu's own words."""
+        vm = await self._read(key)
+        if vm.state == VmState.CREATING:
+            raise InvalidStateError(f"vm {vm.name!r} is still being made", state=vm.state)
+        return await self._supervisor.get(vm).monitor.execute(command, arguments)
+
+    async def _read(self, key: int | str) -> VmRecord:
+        return await self._database.run(lambda: read_vm(key))

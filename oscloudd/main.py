@@ -1,0 +1,103 @@
+"""The daemon: reads its configuration, puts the rooms together, starts and stops them in order."""
+
+import argparse
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from oscloudd import __version__
+from oscloudd.api.dispatch import Dispatcher
+from oscloudd.api.server import Server, bind_socket
+from oscloudd.cloud.cloud import Cloud
+from oscloudd.config import Config, load_config
+from oscloudd.errors import CloudError, UnavailableError
+from oscloudd.host.notify import Notifier
+from oscloudd.store.database import Database
+
+_log = logging.getLogger("oscloudd")
+
+
+def main() -> None:
+    """Run the daemon until SIGTERM or SIGINT; exit with the code of the error that stopped it."""
+    arguments = _parse_arguments()
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        config = load_config(arguments.config)
+        with _Lock(config.runtime_path):
+            asyncio.run(_serve(config, Notifier()))
+    except CloudError as error:
+        _log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
+        sys.exit(error.exit_status)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="oscloudd", description=__doc__)
+    parser.add_argument("--config", type=Path, help="configuration file (or OSCLOUD_CONFIG)")
+    parser.add_argument("--debug", action="store_true", help="log every command and connection")
+    parser.add_argument("--version", action="version", version=f"oscloudd {__version__}")
+    return parser.parse_args()
+
+
+class _Lock:
+    """Makes this the only daemon of its runtime directory; the kernel frees it at our death."""
+
+    def __init__(self, runtime_path: Path) -> None:
+        runtime_path.mkdir(parents=True, exist_ok=True)
+        self._path = runtime_path / "oscloudd.lock"
+
+    def __enter__(self) -> None:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnavailableError(
+                f"another oscloudd has {self._path}",
+                hint="it is left alone; stop it first, or give this one a runtime_dir of its own",
+            ) from error
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self._fd)
+
+
+async def _serve(config: Config, notifier: Notifier) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    for path in (config.state_path, config.runtime_path / "vms", config.log_path):
+        path.mkdir(parents=True, exist_ok=True)
+    database = Database(config.state_path / "oscloud.db")
+    await database.open()
+    cloud = Cloud(config, database)
+    server = Server(Dispatcher(cloud))
+    watchdog = asyncio.create_task(_watchdog(notifier))
+    try:
+        await cloud.start()
+        await server.start(bind_socket(config.socket_path, config.socket_group))
+        notifier.ready()
+        notifier.status(f"serving {config.socket_path}")
+        _log.info("oscloudd %s serves %s", __version__, config.socket_path)
+        await stop.wait()
+    finally:
+        notifier.stopping()
+        _log.info("stopping; vms run on")
+        watchdog.cancel()
+        await server.stop()
+        config.socket_path.unlink(missing_ok=True)
+        await cloud.stop()
+        await database.close()
+
+
+async def _watchdog(notifier: Notifier) -> None:
+    """Show systemd that the event loop still turns."""
+    if notifier.watchdog_interval_seconds is not None:
+        while True:
+            notifier.watchdog()
+            await asyncio.sleep(notifier.watchdog_interval_seconds)
