@@ -36,7 +36,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dns: list[str] = []
 
     def subnet_network(self) -> IPv4Network:
-        """Give `subnet` as a network; raises InvalidArgumentError if it is none with room for guests."""
+        """Give `subnet` as a network; raises InvalidArgumentError if it has no room for guests."""
         try:
             network = ip_network(self.subnet)
         except ValueError as error:
@@ -99,7 +99,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_config(path: Path | None) -> Config:
-    """Read the configuration at `path`, at OSCLOUD_CONFIG, or the system's; without a file, the defaults.
+    """Read the configuration at `path`, at OSCLOUD_CONFIG, or the system's, or give the defaults.
 
     Raises InvalidArgumentError naming file, key and value for anything it does not know.
     """

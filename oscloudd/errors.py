@@ -15,7 +15,7 @@ status, the HTTP shim into a status or the original's `error_msg`. Nothing else 
      ├── OperationTimeoutError    it did not happen in time
      ├── HostError                a command, qemu or its monitor failed
      ├── UnavailableError         the daemon is starting or stopping
-     ├── InternalError            anything unexpected; carries an incident id, never the exception's text
+     ├── InternalError            anything unexpected: an incident id, never the exception's text
      └── DaemonUnreachableError   nobody answers on the socket (raised by clients only)
 """
 
@@ -105,7 +105,7 @@ class OperationTimeoutError(CloudError):
 
 
 class HostError(CloudError):
-    """A command, qemu or its monitor failed; details carry argv, status and the last lines it printed."""
+    """A command, qemu or its monitor failed; details carry argv, status and its last lines."""
 
     kind, code, exit_status, http_status = "host_failure", 10, 10, 500
 

@@ -1,4 +1,4 @@
-"""The parameters of every method: their names, types and defaults, checked before anything happens."""
+"""The parameters of every method: names, types and defaults, checked before anything happens."""
 
 from typing import Any, Literal
 

@@ -65,7 +65,7 @@ def _check_wanted(subnet: IPv4Network, taken: Collection[str], wanted: str, netw
     if address not in subnet or address in reserved:
         raise InvalidArgumentError(
             f"ip {wanted} can't be a guest's in network {network!r}",
-            hint=f"choose one between {subnet.network_address + 2} and {subnet.broadcast_address - 1}",
+            hint=f"between {subnet.network_address + 2} and {subnet.broadcast_address - 1}",
             parameter="ip",
         )
     if wanted in taken:

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 async def reconcile(
     database: Database, states: VmStates, supervisor: Supervisor, power: VmPower
 ) -> None:
-    """Adopt what runs, write down what ended, finish what was being deleted, undo what was not made."""
+    """Adopt what runs, write down what ended, finish deletions, undo what was not made."""
     vms = await database.run(read_vms)
     await asyncio.gather(*(_one(vm, states, supervisor, power) for vm in vms))
 
