@@ -13,6 +13,9 @@ _SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)")
 # 2^63 - 1: the largest INTEGER of SQLite and the largest offset qemu-img takes.
 MAX_SIZE_BYTES = (1 << 63) - 1
 
+# 2^63 has 19 digits. A longer text is nobody's id, and Python refuses to read one of 4,300.
+_ID_DIGITS = 20
+
 # One DNS label (RFC 1035, 63 octets) plus the underscore of the original's own `my_vm`.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 _NAME = re.compile(NAME_PATTERN, re.ASCII)
@@ -51,6 +54,18 @@ def format_size(size_bytes: int) -> str:
             whole, rest = divmod(size_bytes, scale)
             return f"{whole}{unit}" if rest == 0 else f"{size_bytes / scale:.1f}{unit}"
     return str(size_bytes)
+
+
+def parse_key(key: int | str) -> int | str:
+    """Give what names an object: an id where the text is all digits, else a name."""
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < _ID_DIGITS:
+        return int(key)
+    return key
+
+
+def is_possible_id(key: int) -> bool:
+    """Tell whether the database can hold this number at all."""
+    return 0 < key <= MAX_SIZE_BYTES
 
 
 def check_name(value: str, *, parameter: str = "name") -> str:

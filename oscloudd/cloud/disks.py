@@ -7,6 +7,7 @@ from oscloudd.config import Config
 from oscloudd.errors import NotFoundError
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
+from oscloudd.units import is_possible_id, parse_key
 
 
 class DiskInfo(msgspec.Struct, frozen=True):
@@ -38,12 +39,11 @@ class Disks:
 
     async def info(self, key: int | str) -> DiskInfo:
         """Describe one disk; raises NotFoundError."""
-        if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 19:
-            key = int(key)
+        key = parse_key(key)
         condition = Disk.id == key if isinstance(key, int) else Disk.name == key
 
         def read() -> DiskInfo:
-            known = not isinstance(key, int) or abs(key) < 1 << 63
+            known = isinstance(key, str) or is_possible_id(key)
             row = Disk.get_or_none(condition) if known else None
             if row is None:
                 raise NotFoundError(

@@ -22,6 +22,7 @@ from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database
 from oscloudd.store.models import Network, Vm
+from oscloudd.units import is_possible_id, parse_key
 
 _log = logging.getLogger(__name__)
 DEFAULT_NETWORK = "default"
@@ -66,7 +67,10 @@ class NetworkInfo(msgspec.Struct, frozen=True):
 
 def read_network(key: int | str) -> NetworkRecord:
     """Read a network by id or name, inside a transaction; raises NotFoundError."""
-    row = Network.get_or_none(Network.id == key if isinstance(key, int) else Network.name == key)
+    key = parse_key(key)
+    condition = Network.id == key if isinstance(key, int) else Network.name == key
+    known = isinstance(key, str) or is_possible_id(key)
+    row = Network.get_or_none(condition) if known else None
     if row is None:
         raise NotFoundError(
             f"network {str(key)[:80]!r} not found",

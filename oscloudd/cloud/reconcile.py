@@ -47,6 +47,7 @@ async def _judge(vm: VmRecord, states: VmStates, supervisor: Supervisor, power: 
         _log.warning("vm %d (%s) was not finished and is undone", vm.id, vm.name)
         await power.demolish(vm)
     else:
+        await power.end_stray(vm)
         await _see_ended(vm, states)
 
 

@@ -20,7 +20,7 @@ from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, InvalidStateError
+from oscloudd.errors import CloudError, HostError, InvalidStateError
 from oscloudd.guest.dialogue import tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.host.network.neighbours import set_neighbour
@@ -32,6 +32,7 @@ from oscloudd.machine.console_log import read_log_tail, trim_log
 from oscloudd.machine.ending import Ending
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
+from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.telnet import TelnetServer
 from oscloudd.store.database import Database
 
@@ -40,7 +41,6 @@ _log = logging.getLogger(__name__)
 # debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
 BOOT_SECONDS = 600.0
 
-# Every guest's greeting comes within this once its identity is applied and its boot goes on.
 _OnStage = Callable[[str, str], None]
 
 _STATE_OF_STATUS = {
@@ -91,7 +91,7 @@ class Supervisor:
     def find(self, vm_id: int) -> Qemu | None:
         """Give the qemu of a vm, or None when there is none."""
         held = self._held.get(vm_id)
-        return None if held is None else held.qemu
+        return None if held is None or held.qemu.exited.done() else held.qemu
 
     def get(self, vm: VmRecord) -> Qemu:
         """Give the qemu of a vm; raises InvalidStateError when there is none."""
@@ -150,13 +150,14 @@ class Supervisor:
         """Wait until the guest has its identity and its sshd answers; raises what went wrong."""
         held = self._held.get(vm_id)
         if held is None or held.settling is None:
-            raise InvalidStateError("the vm stopped before its guest was ready")
+            raise await self._ended_early(vm_id)
         try:
             await asyncio.shield(held.settling)
         except asyncio.CancelledError:
-            if held.settling.cancelled():
-                raise InvalidStateError("the vm was stopped before its guest was ready") from None
-            raise
+            if not held.settling.cancelled():
+                raise  # it is the caller who was cancelled
+            await self.released(vm_id)
+            raise await self._ended_early(vm_id) from None
 
     async def released(self, vm_id: int) -> None:
         """Wait until the end of the vm's qemu has been written down."""
@@ -167,8 +168,19 @@ class Supervisor:
     async def close(self) -> None:
         """Let go of every qemu; all of them run on."""
         for held in list(self._held.values()):
+            if held.watcher is not None:
+                held.watcher.cancel()
+                await asyncio.gather(held.watcher, return_exceptions=True)
             await self._let_go(held)
         self._held.clear()
+
+    async def _ended_early(self, vm_id: int) -> CloudError:
+        seen = await self._states.find(vm_id)
+        why = seen.reason if seen is not None else "it was deleted"
+        message = f"the vm ended before its guest was ready: {why}"
+        if seen is not None and seen.state == VmState.CRASHED:
+            return HostError(message)
+        return InvalidStateError(message)
 
     async def _see_adopted(self, vm: VmRecord, qemu: Qemu) -> None:
         status = await qemu.status()
@@ -223,22 +235,20 @@ class Supervisor:
 
     async def _watch(self, vm: VmRecord, held: Held) -> None:
         ending: Ending = await held.qemu.exited
-        self._held.pop(vm.id, None)
-        held.watcher = None
         await self._let_go(held)
         state = VmState.STOPPED if ending.is_orderly else VmState.CRASHED
         seen = await self._states.find(vm.id)
         if seen is not None and seen.state != VmState.DELETING:
             await self._states.see(vm.id, state, ending.message)
+        run_directory = vm_paths(self._config, vm.id, vm.disk_id).run_directory
+        await asyncio.to_thread(RunDirectory(run_directory).remove)
+        if self._held.get(vm.id) is held:
+            del self._held[vm.id]
 
     async def _let_go(self, held: Held) -> None:
-        for task in (held.settling, held.watcher):
-            if task is not None:
-                task.cancel()
-        await asyncio.gather(
-            *(task for task in (held.settling, held.watcher) if task is not None),
-            return_exceptions=True,
-        )
+        if held.settling is not None:
+            held.settling.cancel()
+            await asyncio.gather(held.settling, return_exceptions=True)
         if held.telnet is not None:
             await held.telnet.close()
         await held.qemu.close()

@@ -124,6 +124,12 @@ class VmCreator:
                 hint=f"give it at least {template.declaration.min_mem_size}",
                 parameter="mem_size",
             )
+        if request.user_data and template.declaration.guest.identity != "cloud-init":
+            raise InvalidArgumentError(
+                f"user_data is for images with cloud-init, and {request.image} has none",
+                hint="leave user_data out, or choose another image",
+                parameter="user_data",
+            )
         check_memory(request.mem_size)
         info = await image_info(template.image, template.declaration.image.format)
         if request.disk_size < info.virtual_size_bytes:
@@ -179,7 +185,11 @@ class VmCreator:
         identity = self._identity(request, network, address, mac_of(unique.hex), keys)
         now = time.time()
         disk = Disk.create(
-            name=request.name, size=request.disk_size, template_name=template.name, created_at=now
+            # Not the vm's name alone: that may be given to another once this vm is renamed.
+            name=f"{request.name[:54]}-{unique.hex[:8]}",
+            size=request.disk_size,
+            template_name=template.name,
+            created_at=now,
         )
         by_serial = template.declaration.guest.identity == "serial"
         vm = Vm.create(

@@ -13,7 +13,7 @@ from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, ExhaustedError, InvalidStateError, NotFoundError
-from oscloudd.host.processes import open_process
+from oscloudd.host.processes import find_processes_in, open_process
 from oscloudd.host.resources import memory_available_bytes
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.run_directory import RunDirectory
@@ -107,13 +107,8 @@ class VmPower:
         if qemu is not None:
             await qemu.stop(force=True)
             await self._supervisor.released(vm.id)
-        elif vm.process is not None:
-            with suppress(NotFoundError):
-                process = open_process(vm.process)
-                try:
-                    await end_session(process)
-                finally:
-                    process.close()
+        else:
+            await self.end_stray(vm)
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         await asyncio.to_thread(paths.remove)
 
@@ -123,6 +118,17 @@ class VmPower:
 
         await self._database.run(forget)
         self._states.changes.announce()
+
+    async def end_stray(self, vm: VmRecord) -> None:
+        """Kill a qemu an earlier daemon started and did not write down; clear its directory.
+
+        Its working directory, the vm's own run directory, is the proof that it is ours.
+        """
+        directory = vm_paths(self._config, vm.id, vm.disk_id).run_directory
+        for identity in await asyncio.to_thread(find_processes_in, directory):
+            with suppress(NotFoundError):
+                await end_session(open_process(identity))
+        await asyncio.to_thread(RunDirectory(directory).remove)
 
     async def _start(self, vm: VmRecord) -> None:
         if vm.state not in DOWN_STATES:
@@ -151,9 +157,6 @@ class VmPower:
             await self._states.see(vm.id, VmState(before), "it could not be stopped")
             raise
         await self._supervisor.released(vm.id)
-        await asyncio.to_thread(
-            RunDirectory(vm_paths(self._config, vm.id, vm.disk_id).run_directory).remove
-        )
         await self._states.see(vm.id, VmState.STOPPED, "stopped by the user")
 
     async def _switch(self, key: int | str, before: VmState, after: VmState) -> VmInfo:

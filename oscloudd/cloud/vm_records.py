@@ -16,6 +16,7 @@ from oscloudd.cloud.states import VmState
 from oscloudd.errors import NotFoundError
 from oscloudd.host.processes import ProcessIdentity
 from oscloudd.store.models import Disk, Network, Vm
+from oscloudd.units import is_possible_id, parse_key
 
 
 class VmInfo(msgspec.Struct, frozen=True):
@@ -159,11 +160,9 @@ def find_vm(vm_id: int) -> VmRecord | None:
 
 def read_vm(key: int | str) -> VmRecord:
     """Read a vm by id or name, inside a transaction; raises NotFoundError."""
-    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 19:
-        key = int(key)
+    key = parse_key(key)
     condition = Vm.id == key if isinstance(key, int) else Vm.name == key
-    # SQLite's integers end at 2^63; a larger one is nobody's id.
-    in_range = not isinstance(key, int) or abs(key) < 1 << 63
+    in_range = isinstance(key, str) or is_possible_id(key)
     row = _query().where(condition).tuples().first() if in_range else None
     if row is None:
         raise NotFoundError(

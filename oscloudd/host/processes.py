@@ -239,6 +239,21 @@ def open_process(identity: ProcessIdentity) -> ProcessHandle:
 
 
 @functools.cache
+def find_processes_in(directory: Path) -> list[ProcessIdentity]:
+    """Give the processes whose working directory is `directory`; blocks for a look at them all."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            here = (entry / "cwd").readlink() == directory.absolute()
+        except OSError:
+            continue  # it has ended, or it is a thread of the kernel
+        if here and (identity := find_process(int(entry.name))) is not None:
+            found.append(identity)
+    return found
+
+
 def boot_id() -> str:
     """Give the kernel's random name of the boot this is."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
