@@ -249,7 +249,9 @@ class VmCreator:
             raise  # the daemon stops: the next one adopts the vm, or undoes what there is of it
         except BaseException as error:
             await self._explain(vm, error)
-            await self._undo(vm)
+            # Whoever was told that it started has a vm; it stays, with the reason for its end.
+            if request.wait != "started" or not launched.done():
+                await self._undo(vm)
             raise
 
     async def _lay_out(
