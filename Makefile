@@ -52,4 +52,4 @@ lint: ## Check style, format and types
 .PHONY: bench
 bench: ## Measure against a bare qemu, side by side
 	@$(CHECKOUT)/install --test
-	.venv/bin/python -m tests.bench $(ARGS)
+	.venv/bin/python tests/bench $(ARGS)

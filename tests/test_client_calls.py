@@ -142,7 +142,8 @@ def test_something_else_on_the_socket(daemon: StubDaemon, client: Client, text: 
         client.call("vm_list")
 
 
-def test_no_socket_there(tmp_path: Path) -> None:
+def test_no_socket_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a checkout with a cloud of its own is told another hint
     with pytest.raises(DaemonUnreachableError, match=r"no socket .*/none\.sock") as caught:
         Client(str(tmp_path / "none.sock")).call("vm_list")
     assert "systemctl start oscloudd" in str(caught.value.hint)

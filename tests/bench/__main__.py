@@ -1,0 +1,67 @@
+"""`make bench`: our vms and answers, measured beside a bare qemu in the same run.
+
+Prints a table with the aims beside the figures and judges nothing: a figure means something on the
+machine it was measured on only. Has a network namespace and daemons of its own; what they keep is
+in `.run/bench`. The parts are in boot.py, answers.py and daemon.py.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import answers
+import boot
+import machine
+from daemon import READY_MADE, ROOT, say
+
+NAMESPACE = "oscloud-bench"
+NETNS = ROOT / "packaging/checkout/netns"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--image", choices=["tiny", "debian_12"], default=choose_image())
+    parser.add_argument("--runs", type=int, default=3, help="boots of each kind")
+    parser.add_argument("--rows", type=int, default=1000, help="vms in the database")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if os.geteuid() != 0:
+        sys.exit("Error: bridges, taps and namespaces are made by root\nHint: sudo make bench")
+    if chosen.inside:
+        measure(chosen.image, max(1, chosen.runs), max(1, chosen.rows))
+        return 0
+    return run_inside()
+
+
+def choose_image() -> str:
+    return "debian_12" if (READY_MADE / "debian_12/digest").exists() else "tiny"
+
+
+def run_inside() -> int:
+    """Run this program again in a namespace where its daemons are in nobody's way."""
+    subprocess.run([NETNS, "up", NAMESPACE], check=True, stdout=sys.stderr)
+    again = [sys.executable, __file__, *sys.argv[1:], "--inside"]
+    inside = subprocess.Popen(["ip", "netns", "exec", NAMESPACE, *again])
+    try:
+        return inside.wait()
+    except KeyboardInterrupt:
+        return inside.wait(timeout=60)  # it was interrupted, too, and cleans up
+    finally:
+        subprocess.run([NETNS, "down", NAMESPACE], check=True, stdout=sys.stderr)
+
+
+def measure(image: str, runs: int, rows: int) -> None:
+    say(f"Booting {image}, {runs} times bare and {runs} times ours")
+    facts, boots = boot.measure(image, runs)
+    say(f"Asking a daemon that has {rows} vms")
+    replies = answers.measure(rows)
+    for name, value in machine.describe(**facts).items():
+        print(f"{name:<12} {value}")
+    print()
+    print(f"{'what':<58} {'measured':>10} {'aim':>8}")
+    for row in [*boots, *replies]:
+        print(f"{row.what:<58} {row.measured:>10} {row.aim:>8}")
+
+
+sys.exit(main())
