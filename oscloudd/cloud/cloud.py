@@ -52,6 +52,7 @@ class Cloud:
         user = resolve_qemu_user(config.qemu.user)
         # Tells in 0.2 s on most machines, in 4 s where KVM opens but does not work: nobody but
         # the first vm waits for it.
+        self._qemu = asyncio.create_task(inspect_qemu(config.qemu.binary), name="qemu version")
         self._accelerator = asyncio.create_task(self._choose(), name="accelerator")
         self.states = VmStates(database)
         self.jobs = Jobs(database)
@@ -86,13 +87,14 @@ class Cloud:
         """Let go of everything; vms run on."""
         await self.jobs.close()
         await self._supervisor.close()
-        self._accelerator.cancel()
-        await asyncio.gather(self._accelerator, return_exceptions=True)
+        for task in (self._accelerator, self._qemu):
+            task.cancel()
+        await asyncio.gather(self._accelerator, self._qemu, return_exceptions=True)
 
     async def info(self) -> DaemonInfo:
         """Describe the daemon."""
         chosen = await asyncio.shield(self._accelerator)
-        version = await inspect_qemu(self.config.qemu.binary)
+        version = await asyncio.shield(self._qemu)
         vms = await self.vms.list()
         return DaemonInfo(
             version=__version__,
@@ -110,7 +112,7 @@ class Cloud:
 
     async def _choose(self) -> Accelerator:
         config = self.config
-        version = await inspect_qemu(config.qemu.binary)
+        version = await asyncio.shield(self._qemu)
         return await choose_accelerator(
             config.accelerator,
             config.qemu.binary,

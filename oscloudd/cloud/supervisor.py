@@ -23,7 +23,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError
 from oscloudd.guest.dialogue import tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
-from oscloudd.host.network.neighbours import set_neighbour
+from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
@@ -164,6 +164,10 @@ class Supervisor:
         held = self._held.get(vm_id)
         if held is not None and held.watcher is not None:
             await asyncio.shield(held.watcher)
+
+    def forget_neighbour(self, vm: VmRecord) -> None:
+        """Take the vm's address out of the host's neighbour table, before another vm gets it."""
+        delete_neighbour(vm.bridge, IPv4Address(vm.ip))
 
     async def close(self) -> None:
         """Let go of every qemu; all of them run on."""

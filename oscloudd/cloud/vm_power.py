@@ -111,6 +111,7 @@ class VmPower:
             await self.end_stray(vm)
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         await asyncio.to_thread(paths.remove)
+        self._supervisor.forget_neighbour(vm)
 
         def forget() -> None:
             Vm.delete().where(Vm.id == vm.id).execute()
