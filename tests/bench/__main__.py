@@ -59,9 +59,9 @@ def measure(image: str, runs: int, rows: int) -> None:
     for name, value in machine.describe(**facts).items():
         print(f"{name:<12} {value}")
     print()
-    print(f"{'what':<58} {'measured':>10} {'aim':>8}")
+    print(f"{'what':<66} {'measured':>10} {'aim':>8}")
     for row in [*boots, *replies]:
-        print(f"{row.what:<58} {row.measured:>10} {row.aim:>8}")
+        print(f"{row.what:<66} {row.measured:>10} {row.aim:>8}")
 
 
 sys.exit(main())
