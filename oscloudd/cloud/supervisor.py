@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 # debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
 BOOT_SECONDS = 600.0
+_EXIT_SECONDS = 5.0
 
 _OnStage = Callable[[str, str], None]
 
@@ -156,6 +157,14 @@ class Supervisor:
         except asyncio.CancelledError:
             if not held.settling.cancelled():
                 raise  # it is the caller who was cancelled
+            await self.released(vm_id)
+            raise await self._ended_early(vm_id) from None
+        except HostError:
+            # A qemu that dies closes the serial line a moment before the kernel tells of its end.
+            if held.qemu.console.closed.is_set():
+                await asyncio.wait([held.qemu.exited], timeout=_EXIT_SECONDS)
+            if not held.qemu.exited.done():
+                raise
             await self.released(vm_id)
             raise await self._ended_early(vm_id) from None
 

@@ -40,6 +40,8 @@ from oscloudd.store.models import Disk
 
 # debian_12 takes 70 s on two idle cores; a slow mirror takes the rest.
 _BUILD_SECONDS = 3600
+# What the column `template_name` holds; a file's own limit is 255 bytes.
+_MAX_NAME_LENGTH = 63
 _MAKING = ".making-"
 _PROGRESS = "progress: "
 
@@ -241,7 +243,8 @@ def _size_of(directory: Path) -> int:
 
 
 def _check_file_name(name: str) -> None:
-    if not name or "/" in name or name.startswith(".") or not name.isprintable():
+    too_long = len(name) > _MAX_NAME_LENGTH
+    if not name or too_long or "/" in name or name.startswith(".") or not name.isprintable():
         raise NotFoundError(
             f"disk template {name[:80]!r} not found",
             hint="see: oscloudctl template-list",

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from peewee import DatabaseError, SqliteDatabase
+from peewee import DatabaseError, IntegrityError, SqliteDatabase
 
 from oscloudd.errors import HostError, UnavailableError
 from oscloudd.store.migrations import migrate, pending_migrations
@@ -57,9 +57,9 @@ class Database:
             # "database is locked", whatever the timeout, when another process holds the lock.
             with self._database.atomic("IMMEDIATE"):
                 return work()
+        except IntegrityError:
+            raise
         except DatabaseError as error:
-            if isinstance(error.__cause__, sqlite3.IntegrityError):
-                raise
             raise UnavailableError(f"the database {self._path} does not answer: {error}") from error
 
     def _open(self) -> None:
