@@ -160,11 +160,11 @@ class Box:
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start a daemon on this box's configuration, and leave waiting for it to the caller."""
+        # `ip netns exec` becomes the daemon: the pid is the daemon's own.
+        command = ["ip", "netns", "exec", self.namespace, sys.executable, "-m", "oscloudd"]
         with (self.root / "daemon.log").open("ab") as log:
-            # `ip netns exec` becomes the daemon: the pid is the daemon's own.
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, sys.executable, "-m", "oscloudd"]
-                + ["--config", str(self.root / "oscloud.toml")],
+                [*command, "--config", str(self.root / "oscloud.toml")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -273,6 +273,9 @@ class Box:
 
     def traces(self) -> dict[str, Any]:
         """Give all there is of vms anywhere, in a form that compares; empty when there is none."""
+        # The job of a vm that was deleted ends a moment after the answer to that.
+        ended = "SELECT 1 FROM job WHERE state = 'RUNNING' AND vm_id NOT IN (SELECT id FROM vm)"
+        self.until(lambda: not self.rows(ended), "the end of jobs without a vm")
         links = json.loads(self._ip("-json", "link"))
         neighbours = json.loads(self._ip("-json", "neighbour", "show", "nud", "permanent") or "[]")
         found: dict[str, Any] = {

@@ -97,6 +97,39 @@ def test_a_vm_half_made_by_a_daemon_that_died_is_undone(box: Box) -> None:
     assert box.create("web")["state"] == "RUNNING"
 
 
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("reserving", signal.SIGKILL),
+        ("disk", signal.SIGKILL),
+        ("disk", signal.SIGTERM),
+        ("starting", signal.SIGKILL),
+        ("starting", signal.SIGTERM),
+        ("booting", signal.SIGKILL),
+        ("ready", signal.SIGKILL),
+    ],
+)
+def test_a_daemon_that_ends_at_any_stage_of_a_creation_leaves_a_vm_or_nothing(
+    box: Box, stage: str, number: int
+) -> None:
+    def end_there(step: dict[str, Any]) -> None:
+        if step["stage"] == stage:
+            box.end(number)
+
+    params = {"mem_size": "64M", "disk_size": "16M", "wait": "ready"}
+    with pytest.raises((AssertionError, ConnectionError)):
+        box.call("vm_create", end_there, name="web", **params)
+    box.start()
+    if box.call("vm_list"):
+        vm = box.call("vm_info", vm="web")
+        assert vm["state"] == "RUNNING"
+        assert box.qemus() == [vm["pid"]]
+        with box.sshd_at(vm["ip"]):
+            assert box.call("vm_wait", vm="web", state="ready", timeout=LIMIT_SECONDS)["ready"]
+    else:
+        assert box.traces() == {}
+
+
 def test_a_deletion_cut_short_is_finished(box: Box) -> None:
     box.create("web")
     box.end(signal.SIGKILL)

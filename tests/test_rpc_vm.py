@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -189,12 +190,6 @@ def test_what_a_state_does_not_allow_is_refused_with_a_way_out(box: Box) -> None
         assert refused.value.data["hint"]
 
 
-def test_a_forced_stop_ends_a_qemu_that_does_not_quit(box: Box) -> None:
-    box.create("web-hang_on_quit")
-    assert box.call("vm_stop", vm=1, force=True)["state"] == "STOPPED"
-    assert box.qemus() == []
-
-
 def test_a_guest_that_ignores_its_power_button_is_stopped_in_time(box: Box) -> None:
     box.create("web-ignore_powerdown")
     assert box.call("vm_stop", vm=1, timeout=0.3)["state"] == "STOPPED"
@@ -216,20 +211,7 @@ def test_a_qemu_that_is_killed_is_crashed_and_can_be_started(box: Box) -> None:
 
 
 def test_a_name_asked_for_twenty_times_at_once_is_given_once(box: Box) -> None:
-    won: list[dict[str, Any]] = []
-    lost: list[RpcError] = []
-
-    def create() -> None:
-        try:
-            won.append(box.create("web"))
-        except RpcError as error:
-            lost.append(error)
-
-    threads = [threading.Thread(target=create) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    won, lost = at_once(20, lambda: box.create("web"))
     assert len(won) == 1
     assert {(error.code, error.kind) for error in lost} == {(4, "already_exists")}
     assert len(lost) == 19
@@ -249,3 +231,63 @@ def test_vms_made_at_once_share_nothing(box: Box) -> None:
         thread.join()
     for key in ("id", "ip", "mac", "pid", "serial_port", "disk", "uuid"):
         assert len({vm[key] for vm in made}) == 6, key
+
+
+def at_once(count: int, call: Callable[[], Any]) -> tuple[list[Any], list[RpcError]]:
+    """Do one thing many times at once; give the answers and the refusals."""
+    answers: list[Any] = []
+    refusals: list[RpcError] = []
+
+    def once() -> None:
+        try:
+            answers.append(call())
+        except RpcError as error:
+            refusals.append(error)
+
+    threads = [threading.Thread(target=once) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) + len(refusals) == count
+    return answers, refusals
+
+
+def test_a_vm_started_ten_times_at_once_has_one_qemu(box: Box) -> None:
+    box.create("web")
+    box.call("vm_stop", vm="web", force=True)
+    started, refused = at_once(10, lambda: box.call("vm_start", vm="web"))
+    assert len(started) == 1
+    assert {error.kind for error in refused} == {"invalid_state"}
+    assert box.qemus() == [started[0]["pid"]]
+
+
+def test_a_vm_deleted_ten_times_at_once_is_deleted_once(box: Box) -> None:
+    box.create("web")
+    deleted, refused = at_once(10, lambda: box.call("vm_delete", vm="web", force=True))
+    assert len(deleted) == 1
+    assert {error.kind for error in refused} == {"not_found"}
+    assert box.traces() == {}
+
+
+def test_a_vm_deleted_as_soon_as_it_is_asked_for_leaves_nothing(box: Box) -> None:
+    for _ in range(5):
+        box.create("web", wait="none")
+        box.call("vm_delete", vm="web", force=True)
+        assert box.traces() == {}
+
+
+def test_who_waits_for_a_vm_that_is_deleted_is_told(box: Box) -> None:
+    box.create("web")
+    told: list[RpcError] = []
+
+    def wait() -> None:
+        with pytest.raises(RpcError) as gone:
+            box.wait("web", "PAUSED")
+        told.append(gone.value)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    box.call("vm_delete", vm="web", force=True)
+    waiter.join()
+    assert [error.kind for error in told] == ["not_found"]
