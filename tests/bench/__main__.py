@@ -59,9 +59,10 @@ def measure(image: str, runs: int, rows: int) -> None:
     for name, value in machine.describe(**facts).items():
         print(f"{name:<12} {value}")
     print()
-    print(f"{'what':<66} {'measured':>10} {'aim':>8}")
-    for row in [*boots, *replies]:
-        print(f"{row.what:<66} {row.measured:>10} {row.aim:>8}")
+    table = [machine.Figure("what", "measured", "aim"), *boots, *replies]
+    width = max(len(row.what) for row in table)
+    for row in table:
+        print(f"{row.what:<{width}} {row.measured:>12} {row.aim:>8}".rstrip())
 
 
 sys.exit(main())
