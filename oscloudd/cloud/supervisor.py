@@ -7,7 +7,9 @@ sees to `VmStates`; what should happen next is decided by `vm_power` and `vm_cre
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Any
@@ -151,6 +153,7 @@ class Supervisor:
         """Wait until the guest has its identity and its sshd answers; raises what went wrong."""
         held = self._held.get(vm_id)
         if held is None or held.settling is None:
+            await self.released(vm_id)
             raise await self._ended_early(vm_id)
         try:
             await asyncio.shield(held.settling)
@@ -228,6 +231,10 @@ class Supervisor:
         except CloudError as error:
             # A busy port takes away one of three ways to the console, not the vm.
             _log.warning("vm %d: %s", vm.id, error.message)
+        if held.qemu.exited.done():
+            # It died meanwhile, and the watcher may have let go before there was a port to close.
+            await telnet.close()
+            return
         if not vm.ready or held.settling is None:
             held.settling = asyncio.create_task(self._settle(vm, held), name=f"vm {vm.id} boot")
             held.settling.add_done_callback(_retrieve)
@@ -237,8 +244,7 @@ class Supervisor:
         if document:
             held.on_stage("booting", "waiting for the guest's first boot")
             line = held.qemu.console.attach_socket(with_history=True)
-            with line:
-                await asyncio.to_thread(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
+            await _tell(line, document)
             await self._states.record_identified(vm.id)
         held.on_stage("ready", f"waiting for sshd at {vm.ip}")
         await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
@@ -314,6 +320,21 @@ class Supervisor:
             kernel=template.kernel,
             initrd=template.initrd,
         )
+
+
+async def _tell(line: socket.socket, document: str) -> None:
+    telling = asyncio.ensure_future(
+        asyncio.to_thread(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
+    )
+    try:
+        await asyncio.shield(telling)
+    finally:
+        # The thread waits in poll(2), which a shutdown ends and a close does not; and closed under
+        # it, the descriptor would be another's by the time it reads.
+        with suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+        await asyncio.gather(telling, return_exceptions=True)
+        line.close()
 
 
 def _spec(vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str) -> MachineSpec:
