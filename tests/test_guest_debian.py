@@ -1,0 +1,31 @@
+"""debian_12, built by the daemon from Debian's packages, booted and logged into."""
+
+from collections.abc import Iterator
+
+import pytest
+from guest_cloud import GuestCloud, open_cloud
+
+pytestmark = [pytest.mark.guest, pytest.mark.debian]
+
+IDENTITY = "hostname; cat /etc/machine-id /etc/shadow; ip -4 -o address | grep -v ' lo '; ip route"
+
+
+@pytest.fixture
+def cloud() -> Iterator[GuestCloud]:
+    with open_cloud("debian_12") as cloud:
+        yield cloud
+
+
+def test_debian_knows_who_it_is_and_stays_so(cloud: GuestCloud) -> None:
+    vm = cloud.create("my_debian", image="debian_12", mem_size="1G", disk_size="10G", cpus=2)
+    assert cloud.ssh(vm, "hostname") == "my-debian"
+    assert cloud.ssh_by_password(vm, "123456", "hostname") == "my-debian"
+    assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address")
+    assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 9 * (1 << 20)
+    assert "Powered by OS Cloud" in cloud.ssh(vm, "cat /etc/motd /run/motd.dynamic 2>/dev/null")
+    before = cloud.ssh(vm, IDENTITY)
+    cloud.call("vm_restart", vm=vm["id"])
+    again = cloud.wait(vm)
+    assert again["pid"] != vm["pid"]
+    assert again["ssh_host_keys"] == vm["ssh_host_keys"]
+    assert cloud.ssh(again, IDENTITY) == before
