@@ -59,7 +59,9 @@ def build_document(identity: GuestIdentity) -> str:
         "root_password": identity.root_password,
         "authorized_keys": "".join(f"{key}\n" for key in identity.authorized_keys),
         "host_key_ed25519": identity.host_keys.ed25519_private,
+        "host_key_ed25519_public": f"{identity.host_keys.ed25519_public}\n",
         "host_key_ecdsa": identity.host_keys.ecdsa_private,
+        "host_key_ecdsa_public": f"{identity.host_keys.ecdsa_public}\n",
         "machine_id": identity.machine_id,
         "greeting": GREETING,
     }
