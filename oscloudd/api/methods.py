@@ -30,6 +30,8 @@ from oscloudd.host.keys import check_public_key
 from oscloudd.units import check_name, parse_size
 
 _MAX_LOG_LINES = 100_000
+# The longest of qemu 7.2 has 37 characters.
+_MAX_COMMAND_LENGTH = 100
 # The document goes over a serial line: a password that long is a mistake.
 _MAX_PASSWORD_LENGTH = 256
 
@@ -88,6 +90,16 @@ async def _vm_console(cloud: Cloud, params: VmParams, caller: Caller) -> object:
     return {"escape": None, "log_tail": ""}
 
 
+async def _vm_qemu_command(cloud: Cloud, params: VmQemuCommandParams, _caller: Caller) -> object:
+    if not 1 <= len(params.command) <= _MAX_COMMAND_LENGTH:
+        raise InvalidArgumentError(
+            f"command {params.command!r:.60} is empty or longer than {_MAX_COMMAND_LENGTH}",
+            hint="give the name of a QMP command, such as query-status",
+            parameter="command",
+        )
+    return await cloud.vms.qemu_command(params.vm, params.command, params.arguments)
+
+
 async def _template_build(cloud: Cloud, params: TemplateParams, caller: Caller) -> object:
     uid = caller.credentials.uid
     return await cloud.templates.build(params.template, uid, caller.on_progress)
@@ -116,12 +128,7 @@ METHODS: dict[str, Method] = {
     "vm_wait": Method(VmWaitParams, _vm_wait),
     "vm_log": Method(VmLogParams, _vm_log),
     "vm_console": Method(VmParams, _vm_console),
-    "vm_qemu_command": Method(
-        VmQemuCommandParams,
-        lambda cloud, params, _: cloud.vms.qemu_command(
-            params.vm, params.command, params.arguments
-        ),
-    ),
+    "vm_qemu_command": Method(VmQemuCommandParams, _vm_qemu_command),
     "disk_list": Method(Params, lambda cloud, _, __: cloud.disks.list()),
     "disk_info": Method(DiskParams, lambda cloud, params, _: cloud.disks.info(params.disk)),
     "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list()),

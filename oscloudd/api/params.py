@@ -111,7 +111,8 @@ def check_seconds(value: float, *, parameter: str) -> float:
 
 def check_wait_state(value: str) -> str:
     """Give a state that can be waited for; raises InvalidArgumentError."""
-    state = value if value == "ready" else value.upper()
+    # Some letters beyond ASCII have a capital within it.
+    state = value.upper() if value.isascii() and value != "ready" else value
     if state not in _STATES:
         raise InvalidArgumentError(
             f"state {value!r:.60} can't be waited for",

@@ -47,6 +47,9 @@ class Notifier:
             self._systemd.notify(state.encode("latin-1", "replace").decode("latin-1"))
         except OSError as error:
             _log.warning("systemd was not told %r: %s", state, error)
+            if self.watchdog_interval_seconds is None:
+                # Whoever listened was waiting for READY and has gone; one line of log is enough.
+                self._systemd = None
 
 
 def _connect() -> sdnotify.SystemdNotifier | None:
