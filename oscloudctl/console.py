@@ -26,10 +26,13 @@ def attach(stream: socket.socket, unread: bytes, *, input_fd: int, output_fd: in
 
     An input that is no terminal is copied to its end, and the console shown until it closes.
     """
-    _write_all(output_fd, unread)
     if not os.isatty(input_fd):
+        _write_all(output_fd, unread)
         return _copy(stream, input_fd, output_fd, escape=None)
+    # Raw before the first byte is shown: what is typed at a prompt in `unread` would be echoed and
+    # its carriage return turned, and a guest's getty learns from that what ends a line.
     with _raw_terminal(input_fd):
+        _write_all(output_fd, unread)
         return _copy(stream, input_fd, output_fd, escape=ESCAPE)
 
 
