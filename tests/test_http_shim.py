@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,9 @@ class Shim:
         json_header = {"Content-Type": "application/json"}
         data = json.dumps(body) if isinstance(body, (dict, list)) else body
         try:
-            connection.request(method, path, data, json_header if headers is None else headers)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                # A body that is refused may find nobody listening any more; the answer is there.
+                connection.request(method, path, data, json_header if headers is None else headers)
             response = connection.getresponse()
             text = response.read().decode()
             return Answer(response.status, text, {k.lower(): v for k, v in response.getheaders()})

@@ -49,6 +49,7 @@ class Notifier:
             _log.warning("systemd was not told %r: %s", state, error)
             if self.watchdog_interval_seconds is None:
                 # Whoever listened was waiting for READY and has gone; one line of log is enough.
+                self._systemd.socket.close()
                 self._systemd = None
 
 
