@@ -1,6 +1,5 @@
 """One request's surroundings: who calls, where progress goes, what follows the answer."""
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from oscloudd.cloud.jobs import OnProgress
@@ -18,6 +17,3 @@ class Caller:
     credentials: PeerCredentials
     on_progress: OnProgress
     attachment: Attachment | None = None
-
-
-Handler = Callable[..., Awaitable[object]]

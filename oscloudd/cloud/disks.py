@@ -2,9 +2,9 @@
 
 import msgspec
 
+from oscloudd.cloud.missing import missing
 from oscloudd.cloud.vm_paths import disk_directory
 from oscloudd.config import Config
-from oscloudd.errors import NotFoundError
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
 from oscloudd.units import is_possible_id, parse_key
@@ -46,12 +46,7 @@ class Disks:
             known = isinstance(key, str) or is_possible_id(key)
             row = Disk.get_or_none(condition) if known else None
             if row is None:
-                raise NotFoundError(
-                    f"disk {str(key)[:80]!r} not found",
-                    hint="see: oscloudctl disk-list",
-                    object="disk",
-                    name=str(key)[:80],
-                )
+                raise missing("disk", key)
             return self._describe(row)
 
         return await self._database.run(read)

@@ -14,8 +14,8 @@ import msgspec
 from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
+from oscloudd.cloud.missing import missing
 from oscloudd.config import Config
-from oscloudd.errors import NotFoundError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
 from oscloudd.host.network.firewall import GuestNetwork, apply_ruleset, ensure_forwarding
 from oscloudd.host.network.resolvers import host_resolvers
@@ -72,12 +72,7 @@ def read_network(key: int | str) -> NetworkRecord:
     known = isinstance(key, str) or is_possible_id(key)
     row = Network.get_or_none(condition) if known else None
     if row is None:
-        raise NotFoundError(
-            f"network {str(key)[:80]!r} not found",
-            hint="see: oscloudctl network-list",
-            object="network",
-            name=str(key)[:80],
-        )
+        raise missing("network", key)
     return _record(row)
 
 

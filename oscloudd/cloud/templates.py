@@ -14,6 +14,7 @@ import msgspec
 from peewee import fn
 
 from oscloudd.cloud.jobs import Job, Jobs, OnProgress
+from oscloudd.cloud.missing import missing
 from oscloudd.cloud.template_files import (
     DECLARATION,
     DIGEST,
@@ -30,7 +31,6 @@ from oscloudd.errors import (
     InUseError,
     InvalidArgumentError,
     InvalidStateError,
-    NotFoundError,
 )
 from oscloudd.host.commands import run
 from oscloudd.host.downloads import download, fetch_checksum
@@ -199,12 +199,7 @@ class Templates:
     def _get_declaration(self, name: str) -> Declaration:
         directory = find_declarations(self._declared_in).get(name)
         if directory is None:
-            raise NotFoundError(
-                f"disk template {name[:80]!r} not found",
-                hint="see: oscloudctl template-list",
-                object="template",
-                name=name[:80],
-            )
+            raise missing("template", name)
         return read_declaration(directory)
 
 
@@ -245,9 +240,4 @@ def _size_of(directory: Path) -> int:
 def _check_file_name(name: str) -> None:
     too_long = len(name) > _MAX_NAME_LENGTH
     if not name or too_long or "/" in name or name.startswith(".") or not name.isprintable():
-        raise NotFoundError(
-            f"disk template {name[:80]!r} not found",
-            hint="see: oscloudctl template-list",
-            object="template",
-            name=name[:80],
-        )
+        raise missing("template", name)

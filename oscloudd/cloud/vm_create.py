@@ -169,13 +169,7 @@ class VmCreator:
     ) -> int:
         """Insert the rows; inside a transaction, so nobody else can be given the same."""
         network = read_network(request.network)
-        if Vm.select().where(Vm.name == request.name).exists():
-            raise AlreadyExistsError(
-                f"vm {request.name!r} already exists",
-                hint=f"choose another name, or delete it: oscloudctl vm-delete {request.name}",
-                object="vm",
-                name=request.name,
-            )
+        _check_name_is_free(request.name)
         taken = list(
             Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples()
         )
@@ -287,3 +281,13 @@ class VmCreator:
             if seen is not None and seen.wanted_state == WantedState.RUNNING:
                 async with self._power.lock(vm.id):
                     await self._power.demolish(await self._database.run(lambda: read_vm(vm.id)))
+
+
+def _check_name_is_free(name: str) -> None:
+    if Vm.select().where(Vm.name == name).exists():
+        raise AlreadyExistsError(
+            f"vm {name!r} already exists",
+            hint=f"choose another name, or delete it: oscloudctl vm-delete {name}",
+            object="vm",
+            name=name,
+        )

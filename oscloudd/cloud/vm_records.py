@@ -12,8 +12,8 @@ from typing import Literal
 import msgspec
 
 from oscloudd.cloud.allocation import gateway_of
+from oscloudd.cloud.missing import missing
 from oscloudd.cloud.states import VmState
-from oscloudd.errors import NotFoundError
 from oscloudd.host.processes import ProcessIdentity
 from oscloudd.store.models import Disk, Network, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
@@ -170,12 +170,7 @@ def read_vm(key: int | str) -> VmRecord:
     in_range = isinstance(key, str) or is_possible_id(key)
     row = database_proxy.execute_sql(statement, (key,)).fetchone() if in_range else None
     if row is None:
-        raise NotFoundError(
-            f"vm {str(key)[:80]!r} not found",
-            hint="see: oscloudctl vm-list",
-            object="vm",
-            name=str(key)[:80],
-        )
+        raise missing("vm", key)
     return VmRecord(*row)
 
 
