@@ -5,6 +5,7 @@ loop; so there is one worker thread, and callers hand it functions.
 """
 
 import asyncio
+import logging
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from oscloudd.errors import HostError, UnavailableError
 from oscloudd.store.migrations import migrate, pending_migrations
 from oscloudd.store.models import database_proxy
 
+_log = logging.getLogger(__name__)
+_RETRY_SECONDS = 0.5
 T = TypeVar("T")
 
 
@@ -42,6 +45,19 @@ class Database:
         An exception from `work` rolls everything back and comes out here.
         """
         return await self._in_thread(lambda: self._transaction(work))
+
+    async def run_when_available(self, work: Callable[[], T]) -> T:
+        """Run `work` as `run` does, however long it takes until the database answers.
+
+        For what must be written down and has nobody to complain to: how a qemu ended, which step
+        of a job is done.
+        """
+        while True:
+            try:
+                return await self.run(work)
+            except UnavailableError as error:
+                _log.warning("%s; trying again", error.message)
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def close(self) -> None:
         """Finish what was handed in and close."""

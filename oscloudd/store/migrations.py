@@ -6,15 +6,27 @@ A new step is appended; a step that has been released is never edited.
 from collections.abc import Callable
 
 from peewee import SqliteDatabase
+from playhouse.migrate import SchemaMigrator
+from playhouse.migrate import migrate as migrate_schema
 
-from oscloudd.store.models import TABLES
+from oscloudd.store.models import LATER_TABLES, TABLES, Job
 
 
 def _first_tables(database: SqliteDatabase) -> None:
     database.create_tables(TABLES)
 
 
-MIGRATIONS: tuple[Callable[[SqliteDatabase], None], ...] = (_first_tables,)
+def _journal_and_events(database: SqliteDatabase) -> None:
+    database.create_tables(LATER_TABLES)
+    # A new database has them already: the step above makes the tables as they are today.
+    there = {column.name for column in database.get_columns("job")}
+    migrator = SchemaMigrator.from_database(database)
+    for field in (Job.step, Job.params, Job.attempts, Job.error_kind):
+        if field.column_name not in there:
+            migrate_schema(migrator.add_column("job", field.column_name, field))
+
+
+MIGRATIONS: tuple[Callable[[SqliteDatabase], None], ...] = (_first_tables, _journal_and_events)
 
 
 def schema_version(database: SqliteDatabase) -> int:

@@ -13,7 +13,7 @@ from peewee import (
     BooleanField,
     CharField,
     DatabaseProxy,
-    FloatField,
+    DoubleField,
     ForeignKeyField,
     IntegerField,
     Model,
@@ -40,6 +40,12 @@ class IdField(AutoField):
         return column
 
 
+class LongTextField(TextField):
+    """Text of any length: MariaDB's TEXT ends at 64 KiB, and a user's cloud-config need not."""
+
+    field_type = "LONGTEXT"
+
+
 class Table(Model):
     """Base of all tables; bound to a database by `store.database`."""
 
@@ -59,7 +65,7 @@ class Network(Table):
     mask = IntegerField()  # prefix length
     bridge_interface_idx = IntegerField(unique=True)
     dns = TextField(default="")  # space separated; "" is the host's own resolvers
-    created_at = FloatField()
+    created_at = DoubleField()
 
 
 class Disk(Table):
@@ -69,7 +75,7 @@ class Disk(Table):
     name = CharField(max_length=63, unique=True)
     size = BigIntegerField()
     template_name = CharField(max_length=63, null=True)
-    created_at = FloatField()
+    created_at = DoubleField()
 
 
 class Vm(Table):
@@ -91,7 +97,7 @@ class Vm(Table):
     reason = TextField(default="")
     ready = BooleanField(default=False)
     started = CharField(max_length=4, default="cold")
-    started_at = FloatField(null=True)
+    started_at = DoubleField(null=True)
     accelerator = CharField(max_length=8, default="")
     # A process is named by all three: a pid alone may be somebody else's by now.
     qemu_pid = IntegerField(null=True)
@@ -99,11 +105,13 @@ class Vm(Table):
     qemu_boot_id = CharField(max_length=36, null=True)
     host_keys = TextField(default="")  # public ssh host keys, one a line
     identified = BooleanField(default=False)  # the guest has taken its identity in
-    seed_document = TextField(default="")  # what it is to be told at first boot; emptied once told
+    seed_document = LongTextField(
+        default=""
+    )  # what it is to be told at first boot
     owner_uid = IntegerField()
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
-    created_at = FloatField()
+    created_at = DoubleField()
 
     class Meta:
         """An address is one vm's within its network."""
@@ -117,13 +125,37 @@ class Job(Table):
     id = IdField()
     kind = CharField(max_length=32)
     target = CharField(max_length=63)  # the name of what it works on
-    vm_id = IntegerField(null=True)
-    state = CharField(max_length=10)
-    stage = CharField(max_length=32, default="")
+    vm_id = IntegerField(null=True, index=True)
+    state = CharField(max_length=10, index=True)
+    step = IntegerField(default=0)  # how many of its steps are done
+    stage = CharField(max_length=32, default="")  # the step under way, or the one it ended in
+    params = LongTextField(default="{}")  # what its steps need to be taken up again, JSON
+    attempts = IntegerField(default=1)  # daemons that have worked on it
     message = TextField(default="")
+    error_kind = CharField(max_length=32, default="")
     owner_uid = IntegerField()
-    created_at = FloatField()
-    finished_at = FloatField(null=True)
+    created_at = DoubleField()
+    finished_at = DoubleField(null=True)
+
+
+class Event(Table):
+    """One thing that happened; its id is its place in the sequence."""
+
+    id = IdField()
+    at = DoubleField()
+    kind = CharField(max_length=16)
+    vm_id = IntegerField(null=True)
+    job_id = IntegerField(null=True)
+    name = CharField(max_length=63)  # of the vm, or whatever else it happened to
+    data = LongTextField(default="{}")  # JSON
+
+
+class Meta(Table):
+    """What the program remembers about itself, such as the boot it last ran in."""
+
+    name = CharField(max_length=32, primary_key=True)
+    value = TextField()
 
 
 TABLES = (Network, Disk, Vm, Job)
+LATER_TABLES = (Event, Meta)
