@@ -1,47 +1,80 @@
-"""Versioned migrations: a list of steps, each run once, in order, in a transaction of its own.
+"""Versioned migrations: a list of steps, each run once, in order.
 
-A new step is appended; a step that has been released is never edited.
+A new step is appended; a step that has been released is never edited. SQLite runs each in a
+transaction. MariaDB has none for changes of tables: a step may be cut short anywhere and is then
+run again, so it asks for each thing whether it is there.
+
+The version is a row of `meta`. Files of version 1 have no such table, and their version where
+SQLite itself keeps one for its users, in `PRAGMA user_version`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from peewee import SqliteDatabase
-from playhouse.migrate import SchemaMigrator
-from playhouse.migrate import migrate as migrate_schema
 
-from oscloudd.store.models import LATER_TABLES, TABLES, Job
+from oscloudd.errors import HostError
+from oscloudd.store.backend import Backend
+from oscloudd.store.models import LATER_TABLES, TABLES, Meta
+
+_VERSION = "schema_version"
 
 
-def _first_tables(database: SqliteDatabase) -> None:
+def _first_tables(database: Any) -> None:
     database.create_tables(TABLES)
 
 
-def _journal_and_events(database: SqliteDatabase) -> None:
+def _journal_and_events(database: Any) -> None:
     database.create_tables(LATER_TABLES)
     # A new database has them already: the step above makes the tables as they are today.
     there = {column.name for column in database.get_columns("job")}
-    migrator = SchemaMigrator.from_database(database)
-    for field in (Job.step, Job.params, Job.attempts, Job.error_kind):
-        if field.column_name not in there:
-            migrate_schema(migrator.add_column("job", field.column_name, field))
+    for name, kind in (
+        ("step", "INTEGER NOT NULL DEFAULT 0"),
+        ("params", "LONGTEXT NOT NULL DEFAULT '{}'"),
+        ("attempts", "INTEGER NOT NULL DEFAULT 1"),
+        ("error_kind", "VARCHAR(32) NOT NULL DEFAULT ''"),
+    ):
+        if name not in there:
+            database.execute_sql(f"ALTER TABLE job ADD COLUMN {name} {kind}")
 
 
-MIGRATIONS: tuple[Callable[[SqliteDatabase], None], ...] = (_first_tables, _journal_and_events)
+MIGRATIONS: tuple[Callable[[Any], None], ...] = (_first_tables, _journal_and_events)
 
 
-def schema_version(database: SqliteDatabase) -> int:
+def schema_version(database: Any) -> int:
     """Give how many migrations this database has had."""
-    return int(database.execute_sql("PRAGMA user_version").fetchone()[0])
+    if Meta.table_exists():
+        row = Meta.get_or_none(Meta.name == _VERSION)
+        if row is not None:
+            return int(row.value)
+    if isinstance(database, SqliteDatabase):
+        return int(database.execute_sql("PRAGMA user_version").fetchone()[0])
+    return 0
 
 
-def pending_migrations(database: SqliteDatabase) -> int:
-    """Give how many are still to run."""
-    return len(MIGRATIONS) - schema_version(database)
+def migrate(backend: Backend) -> None:
+    """Bring the database to the newest schema, keeping a copy of any earlier one.
 
-
-def migrate(database: SqliteDatabase) -> None:
-    """Bring the database to the newest schema; does nothing when it is there."""
-    for number in range(schema_version(database), len(MIGRATIONS)):
-        with database.atomic("IMMEDIATE"):
+    Raises HostError if it is newer than this program.
+    """
+    database = backend.connection
+    version = schema_version(database)
+    if version > len(MIGRATIONS):
+        raise HostError(
+            f"the database {backend.shown} is of version {version}, made by a newer oscloudd",
+            hint=f"this one knows versions up to {len(MIGRATIONS)}: start the newer one, or put "
+            "back the copy it made of the older version",
+        )
+    if 0 < version < len(MIGRATIONS):
+        backend.keep_copy(version)
+    if version == len(MIGRATIONS) and Meta.get_or_none(Meta.name == _VERSION) is not None:
+        return
+    database.create_tables([Meta])
+    for number in range(version, len(MIGRATIONS)):
+        with database.atomic(*backend.begin):
             MIGRATIONS[number](database)
-            database.execute_sql(f"PRAGMA user_version = {number + 1}")
+            _set_version(number + 1)
+
+
+def _set_version(version: int) -> None:
+    Meta.replace(name=_VERSION, value=str(version)).execute()

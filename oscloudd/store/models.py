@@ -41,7 +41,7 @@ class IdField(AutoField):
 
 
 class LongTextField(TextField):
-    """Text of any length: MariaDB's TEXT ends at 64 KiB, and a user's cloud-config need not."""
+    """Text of any length: MariaDB's TEXT ends at 64 KiB, and a user's text need not."""
 
     field_type = "LONGTEXT"
 
@@ -64,7 +64,7 @@ class Network(Table):
     ip = CharField(max_length=15)  # the network's address, dotted
     mask = IntegerField()  # prefix length
     bridge_interface_idx = IntegerField(unique=True)
-    dns = TextField(default="")  # space separated; "" is the host's own resolvers
+    dns = LongTextField(default="")  # space separated; "" is the host's own resolvers
     created_at = DoubleField()
 
 
@@ -94,7 +94,7 @@ class Vm(Table):
     qemu_serial_port = IntegerField(unique=True)
     state = CharField(max_length=16)
     wanted_state = CharField(max_length=16)
-    reason = TextField(default="")
+    reason = LongTextField(default="")
     ready = BooleanField(default=False)
     started = CharField(max_length=4, default="cold")
     started_at = DoubleField(null=True)
@@ -103,12 +103,10 @@ class Vm(Table):
     qemu_pid = IntegerField(null=True)
     qemu_start_ticks = BigIntegerField(null=True)
     qemu_boot_id = CharField(max_length=36, null=True)
-    host_keys = TextField(default="")  # public ssh host keys, one a line
+    host_keys = LongTextField(default="")  # public ssh host keys, one a line
     identified = BooleanField(default=False)  # the guest has taken its identity in
-    seed_document = LongTextField(
-        default=""
-    )  # what it is to be told at first boot
-    owner_uid = IntegerField()
+    seed_document = LongTextField(default="")  # what it is to be told at first boot
+    owner_uid = BigIntegerField()  # up to 2^32 - 2, more than MariaDB's INTEGER holds
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
     created_at = DoubleField()
@@ -131,9 +129,9 @@ class Job(Table):
     stage = CharField(max_length=32, default="")  # the step under way, or the one it ended in
     params = LongTextField(default="{}")  # what its steps need to be taken up again, JSON
     attempts = IntegerField(default=1)  # daemons that have worked on it
-    message = TextField(default="")
+    message = LongTextField(default="")
     error_kind = CharField(max_length=32, default="")
-    owner_uid = IntegerField()
+    owner_uid = BigIntegerField()  # up to 2^32 - 2, more than MariaDB's INTEGER holds
     created_at = DoubleField()
     finished_at = DoubleField(null=True)
 
@@ -154,7 +152,7 @@ class Meta(Table):
     """What the program remembers about itself, such as the boot it last ran in."""
 
     name = CharField(max_length=32, primary_key=True)
-    value = TextField()
+    value = LongTextField()
 
 
 TABLES = (Network, Disk, Vm, Job)
