@@ -10,20 +10,29 @@ from typing import Any
 from oscloudd.api.caller import Caller
 from oscloudd.api.params import (
     DiskParams,
+    JobListParams,
+    JobParams,
+    JobWaitParams,
     NetworkParams,
     Params,
+    TemplateJobParams,
     TemplateParams,
     VmCreateParams,
     VmLogParams,
     VmParams,
     VmQemuCommandParams,
     VmRenameParams,
+    VmSetParams,
+    VmStartParams,
     VmStopParams,
     VmWaitParams,
+    check_job_id,
+    check_limit,
     check_seconds,
     check_wait_state,
 )
 from oscloudd.cloud.cloud import Cloud
+from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.keys import check_public_key
@@ -50,26 +59,49 @@ async def _daemon_info(cloud: Cloud, _params: Params, caller: Caller) -> object:
     return {**{name: getattr(info, name) for name in info.__struct_fields__}, "caller": you}
 
 
+def _order(caller: Caller, *, wait: bool = True) -> Order:
+    return Order(caller.credentials.uid, caller.on_progress, wait)
+
+
 async def _vm_create(cloud: Cloud, params: VmCreateParams, caller: Caller) -> object:
     request = build_request(
         params, cloud.config.guest.default_image, cloud.config.guest.root_password
     )
-    return await cloud.creator.create(request, caller.credentials.uid, caller.on_progress)
+    return await cloud.creator.create(request, _order(caller, wait=params.wait != "none"))
 
 
-async def _vm_stop(cloud: Cloud, params: VmStopParams, _caller: Caller) -> object:
+async def _vm_start(cloud: Cloud, params: VmStartParams, caller: Caller) -> object:
+    return await cloud.power.start(params.vm, _order(caller, wait=params.wait))
+
+
+async def _vm_stop(cloud: Cloud, params: VmStopParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    return await cloud.power.stop(params.vm, force=params.force, timeout_seconds=seconds)
+    order = _order(caller, wait=params.wait)
+    return await cloud.power.stop(params.vm, order, force=params.force, timeout_seconds=seconds)
 
 
-async def _vm_restart(cloud: Cloud, params: VmStopParams, _caller: Caller) -> object:
+async def _vm_restart(cloud: Cloud, params: VmStopParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    return await cloud.power.restart(params.vm, force=params.force, timeout_seconds=seconds)
+    order = _order(caller, wait=params.wait)
+    return await cloud.power.restart(params.vm, order, force=params.force, timeout_seconds=seconds)
 
 
-async def _vm_delete(cloud: Cloud, params: VmStopParams, _caller: Caller) -> object:
+async def _vm_delete(cloud: Cloud, params: VmStopParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    return await cloud.power.delete(params.vm, force=params.force, timeout_seconds=seconds)
+    order = _order(caller, wait=params.wait)
+    return await cloud.power.delete(params.vm, order, force=params.force, timeout_seconds=seconds)
+
+
+async def _vm_rename(cloud: Cloud, params: VmRenameParams, caller: Caller) -> object:
+    return await cloud.vms.rename(params.vm, params.name, _order(caller))
+
+
+async def _vm_set(cloud: Cloud, params: VmSetParams, _caller: Caller) -> object:
+    if params.autostart is None and params.restart is None:
+        raise InvalidArgumentError(
+            "there is nothing to set", hint="give autostart or restart", parameter="autostart"
+        )
+    return await cloud.vms.set(params.vm, autostart=params.autostart, restart=params.restart)
 
 
 async def _vm_wait(cloud: Cloud, params: VmWaitParams, _caller: Caller) -> object:
@@ -100,14 +132,29 @@ async def _vm_qemu_command(cloud: Cloud, params: VmQemuCommandParams, _caller: C
     return await cloud.vms.qemu_command(params.vm, params.command, params.arguments)
 
 
-async def _template_build(cloud: Cloud, params: TemplateParams, caller: Caller) -> object:
-    uid = caller.credentials.uid
-    return await cloud.templates.build(params.template, uid, caller.on_progress)
+async def _template_build(cloud: Cloud, params: TemplateJobParams, caller: Caller) -> object:
+    return await cloud.templates.build(params.template, _order(caller, wait=params.wait))
 
 
-async def _template_download(cloud: Cloud, params: TemplateParams, caller: Caller) -> object:
-    uid = caller.credentials.uid
-    return await cloud.templates.download(params.template, uid, caller.on_progress)
+async def _template_download(cloud: Cloud, params: TemplateJobParams, caller: Caller) -> object:
+    return await cloud.templates.download(params.template, _order(caller, wait=params.wait))
+
+
+async def _job_list(cloud: Cloud, params: JobListParams, _caller: Caller) -> object:
+    return await cloud.jobs.list(check_limit(params.limit))
+
+
+async def _job_info(cloud: Cloud, params: JobParams, _caller: Caller) -> object:
+    return await cloud.jobs.info(check_job_id(params.job))
+
+
+async def _job_wait(cloud: Cloud, params: JobWaitParams, caller: Caller) -> object:
+    seconds = check_seconds(params.timeout, parameter="timeout")
+    return await cloud.jobs.wait(check_job_id(params.job), seconds, caller.on_progress)
+
+
+async def _job_cancel(cloud: Cloud, params: JobParams, _caller: Caller) -> object:
+    return await cloud.jobs.cancel(check_job_id(params.job))
 
 
 METHODS: dict[str, Method] = {
@@ -116,15 +163,14 @@ METHODS: dict[str, Method] = {
     "vm_create": Method(VmCreateParams, _vm_create),
     "vm_list": Method(Params, lambda cloud, _, __: cloud.vms.list()),
     "vm_info": Method(VmParams, lambda cloud, params, _: cloud.vms.info(params.vm)),
-    "vm_start": Method(VmParams, lambda cloud, params, _: cloud.power.start(params.vm)),
+    "vm_start": Method(VmStartParams, _vm_start),
     "vm_stop": Method(VmStopParams, _vm_stop),
     "vm_restart": Method(VmStopParams, _vm_restart),
     "vm_pause": Method(VmParams, lambda cloud, params, _: cloud.power.pause(params.vm)),
     "vm_resume": Method(VmParams, lambda cloud, params, _: cloud.power.resume(params.vm)),
     "vm_delete": Method(VmStopParams, _vm_delete),
-    "vm_rename": Method(
-        VmRenameParams, lambda cloud, params, _: cloud.vms.rename(params.vm, params.name)
-    ),
+    "vm_rename": Method(VmRenameParams, _vm_rename),
+    "vm_set": Method(VmSetParams, _vm_set),
     "vm_wait": Method(VmWaitParams, _vm_wait),
     "vm_log": Method(VmLogParams, _vm_log),
     "vm_console": Method(VmParams, _vm_console),
@@ -139,8 +185,12 @@ METHODS: dict[str, Method] = {
     "template_info": Method(
         TemplateParams, lambda cloud, params, _: cloud.templates.info(params.template)
     ),
-    "template_build": Method(TemplateParams, _template_build),
-    "template_download": Method(TemplateParams, _template_download),
+    "template_build": Method(TemplateJobParams, _template_build),
+    "template_download": Method(TemplateJobParams, _template_download),
+    "job_list": Method(JobListParams, _job_list),
+    "job_info": Method(JobParams, _job_info),
+    "job_wait": Method(JobWaitParams, _job_wait),
+    "job_cancel": Method(JobParams, _job_cancel),
 }
 
 
@@ -168,4 +218,6 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         password=chosen,
         user_data=params.user_data,
         wait=params.wait,
+        autostart=params.autostart,
+        restart=params.restart,
     )

@@ -5,9 +5,14 @@ from typing import Any, Literal
 import msgspec
 
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.units import MAX_SIZE_BYTES, is_possible_id
 
 Key = int | str
+Autostart = Literal["no", "yes", "last-state"]
+Restart = Literal["no", "on-failure", "always"]
 _STATES = ("ready", "RUNNING", "STOPPED", "PAUSED", "CRASHED", "UNRESPONSIVE", "ERROR")
+# An answer of ten thousand jobs has about 3 MiB.
+_MAX_LIMIT = 10_000
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +43,12 @@ class TemplateParams(Params, frozen=True):
     template: str
 
 
+class TemplateJobParams(TemplateParams, frozen=True):
+    """A template by name, and whether to answer only when the job has ended."""
+
+    wait: bool = True
+
+
 class VmCreateParams(Params, frozen=True):
     """What a new vm is to be; everything but its name has a default."""
 
@@ -52,9 +63,24 @@ class VmCreateParams(Params, frozen=True):
     password: str | None = None
     user_data: str = ""
     wait: Literal["ready", "started", "none"] = "ready"
+    autostart: Autostart = "no"
+    restart: Restart = "no"
 
 
-class VmStopParams(VmParams, frozen=True):
+class VmSetParams(VmParams, frozen=True):
+    """A vm and what is to be different about it; what is left out stays."""
+
+    autostart: Autostart | None = None
+    restart: Restart | None = None
+
+
+class VmStartParams(VmParams, frozen=True):
+    """A vm, and whether to answer only when the job has ended."""
+
+    wait: bool = True
+
+
+class VmStopParams(VmStartParams, frozen=True):
     """How to stop a vm: `timeout` is how many seconds its guest gets to power off."""
 
     force: bool = False
@@ -88,6 +114,35 @@ class VmQemuCommandParams(VmParams, frozen=True):
     arguments: dict[str, Any] = {}
 
 
+class JobListParams(Params, frozen=True):
+    """How many jobs, the newest first."""
+
+    limit: int = 100
+
+
+class JobParams(Params, frozen=True):
+    """A job by id."""
+
+    job: int
+
+
+class JobWaitParams(JobParams, frozen=True):
+    """A job, and how many seconds to wait for its end."""
+
+    timeout: float = 60.0
+
+
+class EventWatchParams(Params, frozen=True):
+    """The events after number `since` (null: those to come), and whether to go on for ever.
+
+    `limit` is how many are sent at most where it does not go on.
+    """
+
+    since: int | None = None
+    follow: bool = True
+    limit: int = 1000
+
+
 def convert_params(method: str, values: dict[str, Any], shape: type[Params]) -> Params:
     """Check `values` against `shape`; raises InvalidArgumentError naming the parameter."""
     try:
@@ -105,6 +160,37 @@ def check_seconds(value: float, *, parameter: str) -> float:
     if not 0 <= value <= 86400:
         raise InvalidArgumentError(
             f"{parameter} {value!r:.40} is not between 0 and 86400 seconds", parameter=parameter
+        )
+    return value
+
+
+def check_job_id(value: int) -> int:
+    """Give a number that a job can have; raises InvalidArgumentError."""
+    if not is_possible_id(value):
+        raise InvalidArgumentError(
+            f"job {value!r:.40} is no job's number",
+            hint="see: oscloudctl job-list",
+            parameter="job",
+        )
+    return value
+
+
+def check_limit(value: int) -> int:
+    """Give a number of things to list, 1 to 10,000; raises InvalidArgumentError."""
+    if not 1 <= value <= _MAX_LIMIT:
+        raise InvalidArgumentError(
+            f"limit {value!r:.40} is not between 1 and {_MAX_LIMIT}", parameter="limit"
+        )
+    return value
+
+
+def check_since(value: int | None) -> int | None:
+    """Give an event's number, 0 before the first; raises InvalidArgumentError."""
+    if value is not None and not 0 <= value <= MAX_SIZE_BYTES:
+        raise InvalidArgumentError(
+            f"since {value!r:.40} is no event's number",
+            hint="give the last number you have seen, 0 for all, or leave it out",
+            parameter="since",
         )
     return value
 
