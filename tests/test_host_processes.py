@@ -16,6 +16,9 @@ from oscloudd.host.processes import (
     ExitStatus,
     ProcessHandle,
     find_process,
+    find_processes_below,
+    find_processes_in,
+    is_same_process,
     open_process,
     peer_pid,
     resource_usage,
@@ -177,3 +180,43 @@ def test_resource_usage_of_ourselves_and_of_nobody() -> None:
     assert usage.resident_bytes > 1 << 20
     assert usage.cpu_seconds > 0
     assert resource_usage(1 << 22) is None
+
+
+def test_the_same_process_is_told_from_another_of_its_number(sleeper: ProcessHandle) -> None:
+    assert is_same_process(sleeper.identity)
+    assert not is_same_process(dataclasses.replace(sleeper.identity, start_time_ticks=1))
+    assert not is_same_process(dataclasses.replace(sleeper.identity, boot_id="other"))
+    sleeper.send_signal(signal.SIGKILL)
+    asyncio.run(sleeper.wait_exit(10))
+    assert not is_same_process(sleeper.identity)
+
+
+def test_processes_are_found_by_where_they_work(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    top = tmp_path / "vms"
+    for name in ("1", "2", "2/deeper", "12"):
+        (top / name).mkdir(parents=True, exist_ok=True)
+    link.symlink_to(top)
+    assert find_processes_in(top / "1") == []
+    handles = [
+        start_process(["sleep", "1000"], cwd=directory)
+        for directory in (top / "1", top / "2" / "deeper", top / "12", top, tmp_path)
+    ]
+    one, deeper, twelve = (handle.identity for handle in handles[:3])
+    try:
+        (top / "12").rmdir()
+        for seen in (top, link):
+            assert set(find_processes_below(seen)) == {
+                (one, seen / "1"),
+                (deeper, seen / "2"),
+                (twelve, seen / "12"),
+            }
+            assert find_processes_in(seen / "1") == [one]
+            assert find_processes_in(seen / "12") == [twelve]
+        assert find_processes_below(tmp_path / "none") == []
+    finally:
+        for handle in handles:
+            handle.send_signal(signal.SIGKILL)
+            asyncio.run(handle.wait_exit(10))
+            handle.close()
+    assert find_processes_below(top) == []

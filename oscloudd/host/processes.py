@@ -77,6 +77,13 @@ class PeerCredentials(NamedTuple):
     gid: int
 
 
+class WorkingProcess(NamedTuple):
+    """A process, and in which of the directories looked at it works."""
+
+    identity: ProcessIdentity
+    directory: Path
+
+
 class ProcessHandle:
     """One process held by its pidfd; whoever got the handle closes it.
 
@@ -238,22 +245,35 @@ def open_process(identity: ProcessIdentity) -> ProcessHandle:
     return ProcessHandle(identity, pidfd, is_child=_is_our_child(pidfd))
 
 
-@functools.cache
+def is_same_process(identity: ProcessIdentity) -> bool:
+    """Tell whether this very process still runs, without taking hold of it."""
+    return find_process(identity.pid) == identity
+
+
 def find_processes_in(directory: Path) -> list[ProcessIdentity]:
-    """Give the processes whose working directory is `directory`; blocks for a look at them all."""
+    """Give the processes that work in `directory` or deeper; blocks for a look at them all."""
+    below = find_processes_below(directory.parent)
+    return [found.identity for found in below if found.directory.name == directory.name]
+
+
+def find_processes_below(directory: Path) -> list[WorkingProcess]:
+    """Give the processes that work in one of the directories in `directory`, or deeper.
+
+    Blocks for a look at all processes. A working directory that has been removed counts, too.
+    """
+    try:
+        top, device = directory.resolve(), directory.stat().st_dev
+    except FileNotFoundError:
+        return []
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            here = (entry / "cwd").readlink() == directory.absolute()
-        except OSError:
-            continue  # it has ended, or it is a thread of the kernel
-        if here and (identity := find_process(int(entry.name))) is not None:
-            found.append(identity)
+        child = _child_worked_in(entry / "cwd", top, device) if entry.name.isdigit() else None
+        if child is not None and (identity := find_process(int(entry.name))) is not None:
+            found.append(WorkingProcess(identity, directory / child))
     return found
 
 
+@functools.cache
 def boot_id() -> str:
     """Give the kernel's random name of the boot this is."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -297,6 +317,24 @@ def _stat_fields(pid: int) -> list[str] | None:
         return None
     # The command's name may hold blanks and parentheses: only the last one closes it.
     return text.rpartition(")")[2].split()
+
+
+def _child_worked_in(link: Path, top: Path, device: int) -> str | None:
+    """Give the name in `top` of what a /proc/PID/cwd leads into; None when it leads elsewhere."""
+    try:
+        text = str(link.readlink())
+        if not text.startswith(f"{top}/"):
+            return None
+        status = link.stat()
+    except OSError:  # it has ended, or it is a thread of the kernel
+        return None
+    # The text is the path as the process's own mounts have it, and a container's may read the same.
+    if status.st_dev != device:
+        return None
+    # proc(5): so the kernel marks a directory that has been removed.
+    if status.st_nlink == 0:
+        text = text.removesuffix(" (deleted)")
+    return Path(text).relative_to(top).parts[0]
 
 
 def _is_our_child(pidfd: int) -> bool:
