@@ -28,7 +28,15 @@ from oscloudd.host.network.firewall import (
     GuestNetwork,
     apply_ruleset,
     ensure_forwarding,
+    find_ruleset_bridges,
     remove_ruleset,
+)
+from oscloudd.host.network.links import (
+    Links,
+    Tap,
+    find_tap_holders,
+    list_links,
+    list_permanent_neighbours,
 )
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.routes import find_free_subnet
@@ -181,6 +189,32 @@ def test_neighbour_is_set_replaced_and_forgotten() -> None:
 
 
 @in_namespace
+def test_what_is_there_is_found() -> None:
+    assert asyncio.run(list_links()) == Links((), ())
+    assert asyncio.run(list_permanent_neighbours(["oscloud0"])) == []
+    asyncio.run(ensure_bridge(BRIDGE))
+    ip("link add foreign type bridge")
+    ip("link set foreign up")
+    for bridge in ("oscloud0", "foreign"):
+        set_neighbour(bridge, IPv4Address("192.168.0.2"), "52:54:00:00:00:01")
+    ip("neighbour add 192.168.0.3 lladdr 52:54:00:00:00:03 dev oscloud0 nud reachable")
+    tap_fd = open_tap("tap0", "oscloud0")
+    ip("tuntap add dev tap1 mode tap")
+    ip("tuntap add dev tun0 mode tun")
+    links = asyncio.run(list_links())
+    assert links == Links(("oscloud0",), (Tap("tap0", False), Tap("tap1", True)))
+    found = asyncio.run(list_permanent_neighbours(links.bridges))
+    assert found == [("oscloud0", IPv4Address("192.168.0.2"))]
+    with subprocess.Popen(["sleep", "1000"], pass_fds=[tap_fd]) as holder:
+        os.close(tap_fd)
+        try:
+            held = find_tap_holders(["tap0", "tap1"])
+        finally:
+            holder.kill()
+    assert held == {"tap0": [holder.pid], "tap1": []}
+
+
+@in_namespace
 def test_subnet_gives_way_to_routes_and_other_networks_but_not_to_our_own_bridge() -> None:
     wanted = IPv4Network("192.168.0.0/16")
     assert asyncio.run(find_free_subnet(wanted)) == wanted
@@ -207,8 +241,11 @@ def test_ruleset_is_replaced_and_other_tables_are_left_alone() -> None:
         return done.stdout
 
     before = listed("ruleset")
+    assert asyncio.run(find_ruleset_bridges()) is None
     asyncio.run(apply_ruleset([]))
+    assert asyncio.run(find_ruleset_bridges()) == set()
     asyncio.run(apply_ruleset(NETWORKS))
+    assert asyncio.run(find_ruleset_bridges()) == {"oscloud0", "oscloud1"}
     once = listed("ruleset")
     asyncio.run(apply_ruleset(NETWORKS))
     assert listed("ruleset") == once

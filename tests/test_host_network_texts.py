@@ -7,8 +7,13 @@ import pytest
 
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.network.bridges import Bridge, build_changes, build_creation
-from oscloudd.host.network.firewall import GuestNetwork, build_ruleset
+from oscloudd.host.network.firewall import (
+    GuestNetwork,
+    build_ruleset,
+    parse_ruleset_bridges,
+)
 from oscloudd.host.network.interfaces import check_interface_name
+from oscloudd.host.network.links import Links, Tap, parse_links
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import Route, find_overlap, parse_routes
 
@@ -146,3 +151,29 @@ def test_no_resolver_a_guest_could_reach(tmp_path: Path) -> None:
     (tmp_path / "local").write_text("nameserver 127.0.0.1\n")
     assert host_resolvers(tmp_path / "local", tmp_path / "none") == ()
     assert host_resolvers(tmp_path / "none", tmp_path / "none") == ()
+
+
+def test_bridges_a_ruleset_speaks_of() -> None:
+    two = [
+        GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16")),
+        GuestNetwork("oscloud1", IPv4Network("172.16.0.0/16")),
+    ]
+    assert parse_ruleset_bridges(build_ruleset(two)) == {"oscloud0", "oscloud1"}
+    assert parse_ruleset_bridges(build_ruleset([])) == set()
+
+
+def test_links_of_ours_are_told_by_alias_and_kind() -> None:
+    bridge = {"linkinfo": {"info_kind": "bridge"}}
+    tap = {"linkinfo": {"info_kind": "tun", "info_data": {"type": "tap", "persist": False}}}
+    tun = {"linkinfo": {"info_kind": "tun", "info_data": {"type": "tun", "persist": True}}}
+    kept = {"linkinfo": {"info_kind": "tun", "info_data": {"type": "tap", "persist": True}}}
+    listed = [
+        {"ifname": "lo"},
+        {"ifname": "oscbr0", "ifalias": "oscloud", **bridge},
+        {"ifname": "oscbr1", **bridge},
+        {"ifname": "veth0", "ifalias": "oscloud", "linkinfo": {"info_kind": "veth"}},
+        {"ifname": "osctap0", **tap},
+        {"ifname": "osctap1", **kept},
+        {"ifname": "osctap2", **tun},
+    ]
+    assert parse_links(listed) == Links(("oscbr0",), (Tap("osctap0", False), Tap("osctap1", True)))

@@ -4,6 +4,8 @@ What it says: guests reach the world behind the host's address, answers come bac
 reach each other; on the host itself guests reach ping, DNS and DHCP and can answer, no more.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -33,6 +35,21 @@ async def apply_ruleset(networks: Sequence[GuestNetwork]) -> None:
 async def remove_ruleset() -> None:
     """Take our table away; nothing happens when there is none."""
     await run(["nft", "-f", "-"], input_text=_REMOVAL)
+
+
+async def find_ruleset_bridges() -> set[str] | None:
+    """Give the bridges our table speaks of; None when there is no such table."""
+    family, name = TABLE.split()
+    # Asked for all: `nft` answers a missing table with an error that only its words tell apart.
+    listed = json.loads(await run(["nft", "--json", "list", "tables", family]))["nftables"]
+    if not any(entry.get("table", {}).get("name") == name for entry in listed):
+        return None
+    return parse_ruleset_bridges(await run(["nft", "list", "table", family, name]))
+
+
+def parse_ruleset_bridges(text: str) -> set[str]:
+    """Read the names of interfaces in what `nft list table` prints of a table of ours."""
+    return set(re.findall(r'"([^"]+)"', text))
 
 
 def ensure_forwarding() -> None:

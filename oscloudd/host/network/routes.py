@@ -8,7 +8,7 @@ from typing import Any
 
 from oscloudd.errors import ExhaustedError
 from oscloudd.host.commands import run
-from oscloudd.host.network.bridges import ALIAS
+from oscloudd.host.network.links import list_links
 
 # A route broader than the largest private range (RFC 1918: 10.0.0.0/8) is a default route, or a
 # half of one such as the 0.0.0.0/1 and 128.0.0.0/1 of a VPN: everything overlaps it.
@@ -35,7 +35,7 @@ async def find_free_subnet(
     the answer differs from `wanted` is for the caller to say aloud. Raises ExhaustedError.
     """
     routes = await list_routes()
-    ours = {*ignored_interfaces, *await _list_our_bridges()}
+    ours = {*ignored_interfaces, *(await list_links()).bridges}
     foreign = [route for route in routes if route.interface not in ours]
     for candidate in _candidates(wanted):
         if not any(candidate.overlaps(other) for other in taken) and (
@@ -79,8 +79,3 @@ def _candidates(wanted: IPv4Network) -> Iterator[IPv4Network]:
     yield IPv4Network("192.168.0.0/16")
     yield from IPv4Network("172.16.0.0/12").subnets(new_prefix=16)
     yield from IPv4Network("10.0.0.0/8").subnets(new_prefix=16)
-
-
-async def _list_our_bridges() -> set[str]:
-    listed = json.loads(await run(["ip", "-json", "link", "show"]) or "[]")
-    return {entry["ifname"] for entry in listed if entry.get("ifalias") == ALIAS}

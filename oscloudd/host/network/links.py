@@ -1,0 +1,103 @@
+"""What of our making there is in the host's network: bridges, taps, permanent neighbours.
+
+Only looks. What a bridge of ours is, `bridges.py` says; who a tap belongs to, the kernel.
+"""
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from oscloudd.host.commands import run
+from oscloudd.host.network.bridges import ALIAS
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tap; a persistent one stays when no process holds it."""
+
+    name: str
+    is_persistent: bool
+
+
+@dataclass(frozen=True)
+class Links:
+    """The bridges of ours, by their alias, and all taps, anybody's."""
+
+    bridges: tuple[str, ...]
+    taps: tuple[Tap, ...]
+
+
+async def list_links() -> Links:
+    """List the bridges of ours and the taps of this network namespace."""
+    return parse_links(json.loads(await run(["ip", "-json", "-details", "link", "show"]) or "[]"))
+
+
+def parse_links(listed: list[dict[str, Any]]) -> Links:
+    """Read what `ip -json -details link` prints."""
+    bridges, taps = [], []
+    for entry in listed:
+        info = entry.get("linkinfo", {})
+        if info.get("info_kind") == "bridge" and entry.get("ifalias") == ALIAS:
+            bridges.append(entry["ifname"])
+        if info.get("info_kind") == "tun" and info.get("info_data", {}).get("type") == "tap":
+            taps.append(Tap(entry["ifname"], bool(info["info_data"].get("persist"))))
+    return Links(tuple(bridges), tuple(taps))
+
+
+async def list_permanent_neighbours(bridges: Collection[str]) -> list[tuple[str, IPv4Address]]:
+    """List the permanent neighbours on these bridges, each with its bridge."""
+    command = ["ip", "-json", "-4", "neighbour", "show", "nud", "permanent"]
+    listed = json.loads(await run(command) or "[]")
+    return [
+        (entry["dev"], IPv4Address(entry["dst"]))
+        for entry in listed
+        if entry.get("dev") in bridges and "dst" in entry
+    ]
+
+
+def find_tap_holders(names: Collection[str]) -> dict[str, list[int]]:
+    """Give the processes that hold these taps open; blocks for a look at every descriptor.
+
+    One without a holder that can be seen has an empty list.
+    """
+    holders: dict[str, list[int]] = {name: [] for name in names}
+    # A namespace belongs to a thread: ours is the calling one's.
+    ours = _network_namespace("thread-self")
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or _network_namespace(process.name) != ours:
+            continue
+        for name in _taps_of(process):
+            if name in holders:
+                holders[name].append(int(process.name))
+    return holders
+
+
+def _taps_of(process: Path) -> set[str]:
+    try:
+        descriptors = [entry.name for entry in (process / "fd").iterdir()]
+    except OSError:  # it has ended
+        return set()
+    return {name for number in descriptors if (name := _tap_behind(process, number))}
+
+
+def _tap_behind(process: Path, descriptor: str) -> str | None:
+    try:
+        # Not Path.readlink: this is asked of every descriptor on the box.
+        if os.readlink(f"{process}/fd/{descriptor}") != "/dev/net/tun":  # noqa: PTH115
+            return None
+        text = (process / "fdinfo" / descriptor).read_text(encoding="utf-8")
+    except OSError:  # it has been closed
+        return None
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for name, _, value in lines if name == "iff"), None)
+
+
+def _network_namespace(process: str) -> str:
+    try:
+        return str(Path(f"/proc/{process}/ns/net").readlink())
+    except OSError:
+        return ""
