@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.units import parse_size
 
 DEFAULT_PATH = Path("/etc/oscloud/oscloud.toml")
 
@@ -59,6 +60,21 @@ class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user: str = ""  # "" is oscloud-qemu where it exists, else nobody
 
 
+class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[limits]: how much of the host the vms may have."""
+
+    # That many vms at once are given their disk and started; more wait for their turn.
+    max_parallel_starts: int = 4
+    # The memory of all vms together may be this many times the host's.
+    overcommit: float = 1.0
+    # A vm is not made, and one stopped by a full disk does not go on, with less than this free.
+    min_free_disk: str = "256M"
+
+    def min_free_disk_bytes(self) -> int:
+        """Give `min_free_disk` in bytes; raises InvalidArgumentError."""
+        return parse_size(self.min_free_disk, parameter="limits.min_free_disk")
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """oscloud.toml, whole."""
 
@@ -69,12 +85,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     template_dirs: list[str] = msgspec.field(
         default_factory=lambda: ["/usr/share/oscloud/templates"]
     )
-    database: str = ""  # "" is SQLite in state_dir
+    database: str = ""  # "" is SQLite in state_dir; or mysql://user:password@host:port/name
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     socket_group: str = "oscloud"
     http: HttpConfig = HttpConfig()
     guest: GuestConfig = GuestConfig()
     network: NetworkConfig = NetworkConfig()
+    limits: LimitsConfig = LimitsConfig()
     qemu: QemuConfig = QemuConfig()
 
     @property
@@ -123,6 +140,20 @@ def _check(document: dict[str, object], path: Path) -> Config:
         config.network.subnet_network()
         for server in config.network.dns:
             IPv4Address(server)
+        _check_limits(config.limits)
     except (msgspec.ValidationError, ValueError, InvalidArgumentError) as error:
         raise InvalidArgumentError(f"configuration file {path}: {error}") from error
     return config
+
+
+def _check_limits(limits: LimitsConfig) -> None:
+    limits.min_free_disk_bytes()
+    if limits.max_parallel_starts < 1:
+        raise InvalidArgumentError(
+            f"limits.max_parallel_starts {limits.max_parallel_starts} is not 1 or more"
+        )
+    if not 0 < limits.overcommit <= 100:
+        raise InvalidArgumentError(
+            f"limits.overcommit {limits.overcommit} is not a ratio between 0 and 100",
+            hint="1.0 lets the vms have the host's memory, 1.5 half as much again",
+        )

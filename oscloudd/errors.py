@@ -14,6 +14,7 @@ status, the HTTP shim into a status or the original's `error_msg`. Nothing else 
      ├── ExhaustedError           no addresses, memory or disk space left
      ├── OperationTimeoutError    it did not happen in time
      ├── HostError                a command, qemu or its monitor failed
+     ├── CancelledJobError        somebody cancelled the job this call had begun
      ├── UnavailableError         the daemon is starting or stopping
      ├── InternalError            anything unexpected: an incident id, never the exception's text
      └── DaemonUnreachableError   nobody answers on the socket (raised by clients only)
@@ -114,6 +115,12 @@ class UnavailableError(CloudError):
     """The daemon can't answer this now: it is starting, stopping or overloaded."""
 
     kind, code, exit_status, http_status = "unavailable", 11, 11, 503
+
+
+class CancelledJobError(CloudError):
+    """The job this call had begun was cancelled, and what it had done is undone."""
+
+    kind, code, exit_status, http_status = "cancelled", 13, 130, 409
 
 
 class InternalError(CloudError):

@@ -73,14 +73,17 @@ async def _serve(config: Config, notifier: Notifier) -> None:
         loop.add_signal_handler(number, stop.set)
     for path in (config.state_path, config.runtime_path / "vms", config.log_path):
         path.mkdir(parents=True, exist_ok=True)
-    database = Database(config.state_path / "oscloud.db")
+    database = Database(config.state_path / "oscloud.db", config.database)
     await database.open()
     cloud = Cloud(config, database)
     server = Server(Dispatcher(cloud))
     watchdog = asyncio.create_task(_watchdog(notifier))
     try:
-        await cloud.start()
-        await server.start(bind_socket(config.socket_path, config.socket_group))
+        # Bound first: where that fails, no vm has been touched.
+        listener = bind_socket(config.socket_path, config.socket_group)
+        await cloud.prepare()
+        await server.start(listener)
+        cloud.start()
         notifier.ready()
         notifier.status(f"serving {config.socket_path}")
         _log.info("oscloudd %s serves %s", __version__, config.socket_path)

@@ -7,6 +7,7 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
 
     (none)             boots at once, takes an identity over the serial line, prints `login:`
     exit_at_start      prints a reason on standard error and exits with status 1
+    slow_start         takes half a second before it serves its sockets
     no_greeting        accepts on the monitor and says nothing
     garbage_monitor    answers the first command after the handshake with something that isn't JSON
     deaf_monitor       answers the handshake and query-uuid, and nothing after that
@@ -28,6 +29,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,6 +145,8 @@ class FakeQemu:
     def run(self) -> None:
         if self.fault == "exit_at_start":
             sys.exit("qemu-system-x86_64: fake: could not open disk image: it is on strike")
+        if self.fault == "slow_start":
+            time.sleep(0.5)
         selector = selectors.DefaultSelector()
         self.console_log = self.descriptor(self.chardev("serial").get("logfile", ""))
         monitor_fd, serial_fd = (int(self.chardev(name)["fd"]) for name in ("monitor", "serial"))

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Changes:
-    """Wakes whoever waits for a change of any vm."""
+    """Wakes whoever waits for a change of a vm or a job, or for the next event."""
 
     def __init__(self) -> None:
         self._next: asyncio.Event = asyncio.Event()
@@ -19,6 +19,10 @@ class Changes:
         """Say that something changed."""
         self._next.set()
         self._next = asyncio.Event()
+
+    async def next_change(self) -> None:
+        """Wait for the next announcement."""
+        await self._next.wait()
 
     async def wait_until(
         self, look: Callable[[], Awaitable[T | None]], *, timeout_seconds: float, what: str

@@ -1,6 +1,7 @@
 """The whole cloud, put together: what the front door hands requests to."""
 
 import asyncio
+import logging
 import os
 import time
 from collections import Counter
@@ -8,22 +9,31 @@ from collections import Counter
 import msgspec
 
 from oscloudd import __version__
+from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
+from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Jobs
+from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.networks import Networks
-from oscloudd.cloud.reconcile import reconcile
+from oscloudd.cloud.operations import Operations, count_steps
+from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_create import VmCreator
 from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_states import VmStates
+from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.cloud.vms import Vms
 from oscloudd.config import Config
+from oscloudd.errors import CloudError
 from oscloudd.host.users import resolve_qemu_user
 from oscloudd.machine.accelerator import Accelerator, choose_accelerator
 from oscloudd.machine.qemu_version import inspect_qemu
 from oscloudd.store.database import Database
+
+_log = logging.getLogger(__name__)
+_HOUSEKEEPING_SECONDS = 600.0
 
 
 class DaemonInfo(msgspec.Struct, frozen=True):
@@ -54,42 +64,67 @@ class Cloud:
         # the first vm waits for it.
         self._qemu = asyncio.create_task(inspect_qemu(config.qemu.binary), name="qemu version")
         self._accelerator = asyncio.create_task(self._choose(), name="accelerator")
-        self.states = VmStates(database)
-        self.jobs = Jobs(database)
+        self.changes = Changes()
+        self.events = Events(database, self.changes)
+        self.states = VmStates(database, self.changes)
+        self.jobs = Jobs(database, self.changes, count_steps)
         self.networks = Networks(config, database)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
         self._supervisor = Supervisor(
             config, database, self.states, self.networks, self.templates, user, self._accelerator
         )
-        self.vms = Vms(config, database, self.states, self._supervisor)
-        self.power = VmPower(config, database, self.states, self._supervisor)
+        steps = VmSteps(config, self.states, self.templates, self._supervisor)
+        operations = Operations(database, self.jobs, steps)
+        self.power = VmPower(config, database, self.states, self._supervisor, self.jobs, operations)
+        self._keeper = Keeper(self.states, operations, self.power, self.events)
+        self._supervisor.on_ended = self._keeper.consider
+        self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)
         self.creator = VmCreator(
-            config,
-            database,
-            self.states,
-            self.networks,
-            self.templates,
-            self._supervisor,
-            self.power,
-            self.jobs,
+            config, database, self.networks, self.templates, self.jobs, operations
+        )
+        self._reconciler = Reconciler(
+            config, database, self.states, self._supervisor, steps, operations, self._keeper
         )
         self.doctor = Doctor(config, self.networks, self.templates, user, self._accelerator)
+        self._background: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
-        """Make what must be there, and compare what the database says with what runs."""
+    async def prepare(self) -> None:
+        """Do what must be done before anybody may ask for anything; asks no qemu."""
         await asyncio.to_thread(self.templates.remove_leftovers)
-        await self.jobs.end_unfinished()
         await self.networks.ensure_default()
-        await reconcile(self._database, self.states, self._supervisor, self.power)
+        await self._reconciler.prepare()
+
+    def start(self) -> None:
+        """Take hold of what runs and keep house, in the background."""
+        for work in (self._reconciler.run(), self._keep_house()):
+            self._background.append(asyncio.create_task(work))
 
     async def stop(self) -> None:
         """Let go of everything; vms run on."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._keeper.close()
         await self.jobs.close()
         await self._supervisor.close()
-        for task in (self._accelerator, self._qemu):
-            task.cancel()
+        for chosen in (self._accelerator, self._qemu):
+            chosen.cancel()
         await asyncio.gather(self._accelerator, self._qemu, return_exceptions=True)
+
+    async def _keep_house(self) -> None:
+        """Sweep out what nobody owns and forget what is old, now and then."""
+        while True:
+            for work in (
+                self.events.prune,
+                self.jobs.prune,
+                self._database.refill_ballast,
+            ):
+                try:
+                    await work()
+                except (CloudError, OSError):
+                    _log.exception("housekeeping")
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS)
 
     async def info(self) -> DaemonInfo:
         """Describe the daemon."""

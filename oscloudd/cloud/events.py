@@ -41,7 +41,12 @@ class EventInfo(msgspec.Struct, frozen=True):
 
 
 def insert_event(
-    kind: EventKind, name: str, *, vm_id: int | None = None, job_id: int | None = None, **data: Any
+    kind: EventKind,
+    name: str,
+    data: dict[str, Any],
+    *,
+    vm_id: int | None = None,
+    job_id: int | None = None,
 ) -> None:
     """Write an event, inside the transaction of what it tells of."""
     Event.insert(
@@ -64,7 +69,7 @@ class Events:
     async def warn(self, name: str, message: str, *, vm_id: int | None = None) -> None:
         """Write down what an administrator should know."""
         await self._database.run(
-            lambda: insert_event(EventKind.WARNING, name, vm_id=vm_id, message=message)
+            lambda: insert_event(EventKind.WARNING, name, {"message": message}, vm_id=vm_id)
         )
         self.changes.announce()
 

@@ -1,71 +1,184 @@
-"""What the database says against what really runs, compared once at start.
+"""What the database says against what really runs, compared when a daemon starts.
 
-One vm that can't be judged stops nobody else, and is never killed for it.
+First, before anybody can ask, what needs no qemu's word: ends that the kernel tells of, a reboot.
+Then, with the daemon serving and each vm held back until its turn has come, what does: qemus are
+taken hold of, jobs go on where they were. One vm that can't be judged stops nobody else, and is
+never killed for it.
 """
 
 import asyncio
 import logging
 
-from oscloudd.cloud.states import DOWN_STATES, VmState
+import msgspec
+
+from oscloudd.cloud.jobs import JobState, finish_job, insert_job, running_jobs
+from oscloudd.cloud.keeper import Keeper
+from oscloudd.cloud.memory import check_memory
+from oscloudd.cloud.operations import OPERATIONS, Operations
+from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
-from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_records import VmRecord, read_vms
-from oscloudd.cloud.vm_states import VmStates
-from oscloudd.errors import CloudError, HostError, NotFoundError
-from oscloudd.host.processes import boot_id
-from oscloudd.machine.qemu import ForeignMachineError
+from oscloudd.cloud.vm_states import VmStates, write_state
+from oscloudd.cloud.vm_steps import VmSteps
+from oscloudd.config import Config
+from oscloudd.errors import CloudError, ExhaustedError, NotFoundError
+from oscloudd.host.processes import boot_id, is_same_process
 from oscloudd.store.database import Database
+from oscloudd.store.models import Job as JobRow
+from oscloudd.store.models import Meta
 
 _log = logging.getLogger(__name__)
 
-
-async def reconcile(
-    database: Database, states: VmStates, supervisor: Supervisor, power: VmPower
-) -> None:
-    """Adopt what runs, write down what ended, finish deletions, undo what was not made."""
-    vms = await database.run(read_vms)
-    await asyncio.gather(*(_one(vm, states, supervisor, power) for vm in vms))
+# Taking hold of a qemu takes milliseconds, and has limits of its own for one that hangs; beyond
+# this something else does.
+_JUDGING_SECONDS = 15.0
+_BOOT = "boot_id"
 
 
-async def _one(vm: VmRecord, states: VmStates, supervisor: Supervisor, power: VmPower) -> None:
-    try:
-        async with power.lock(vm.id):
-            await _judge(vm, states, supervisor, power)
-    except (CloudError, OSError) as error:
-        _log.exception("vm %d (%s) can't be judged", vm.id, vm.name)
-        await states.see(vm.id, VmState.UNRESPONSIVE, f"it could not be judged: {error}")
+class Reconciler:
+    """Runs once, in two parts."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        states: VmStates,
+        supervisor: Supervisor,
+        steps: VmSteps,
+        operations: Operations,
+        keeper: Keeper,
+    ) -> None:
+        self._overcommit = config.limits.overcommit
+        self._database = database
+        self._states = states
+        self._supervisor = supervisor
+        self._steps = steps
+        self._operations = operations
+        self._keeper = keeper
+        self._jobs: dict[int, list[JobRow]] = {}
+        self._ids: list[int] = []
+
+    async def prepare(self) -> None:
+        """Hold every vm back, and write down what is known without asking any qemu."""
+        boot = boot_id()
+        self._jobs = await self._database.run(lambda: self._look(boot))
+        self._ids = await self._database.run(lambda: [vm.id for vm in read_vms()])
+        for vm_id in self._ids:
+            await self._operations.lock(vm_id).acquire()
+
+    async def run(self) -> None:
+        """Judge all vms side by side, and go on with what was being done to them."""
+        gone = [vm_id for vm_id in self._jobs if vm_id not in self._ids]
+        for vm_id in gone:
+            await self._operations.lock(vm_id).acquire()
+        await asyncio.gather(*(self._one(vm_id) for vm_id in (*self._ids, *gone)))
+
+    def _look(self, boot: str) -> dict[int, list[JobRow]]:
+        jobs: dict[int, list[JobRow]] = {}
+        for row in running_jobs():
+            if row.kind in OPERATIONS:
+                jobs.setdefault(row.vm_id, []).append(row)
+            else:
+                finish_job(row.id, JobState.FAILED, "the daemon ended before it", "unavailable")
+        vms = read_vms()
+        last = Meta.get_or_none(Meta.name == _BOOT)
+        is_new_boot = (last is not None and last.value != boot) or any(
+            vm.boot_id not in (None, boot) for vm in vms
+        )
+        for vm in vms:
+            if vm.process is not None and not is_same_process(vm.process):
+                self._see_dead(vm, boot, jobs)
+        if is_new_boot:
+            for vm in read_vms():
+                start = None if vm.id in jobs else self._after_boot(vm)
+                if start is not None:
+                    jobs[vm.id] = [start]
+        Meta.replace(name=_BOOT, value=boot).execute()
+        return jobs
+
+    def _see_dead(self, vm: VmRecord, boot: str, jobs: dict[int, list[JobRow]]) -> None:
+        """Write down that a vm's qemu is gone, unless a job is at it that will."""
+        rows = jobs.get(vm.id, [])
+        if vm.state not in LIVE_STATES or any(self._operations.holds_vm(row) for row in rows):
+            return
+        _write_ended(vm, boot)
+        for row in rows:
+            # Its creator was told that it runs: then it is a vm like others, and this is no news.
+            if msgspec.json.decode(row.params).get("wait") == "started":
+                message = "the vm ended before it was ready"
+                finish_job(row.id, JobState.FAILED, message, "host_failure")
+                del jobs[vm.id]
+
+    def _after_boot(self, vm: VmRecord) -> JobRow | None:
+        """Order the start of a vm that should run after a boot of the host."""
+        if vm.state not in DOWN_STATES:
+            return None
+        ran = vm.wanted_state == WantedState.RUNNING
+        if vm.autostart == "yes" or (vm.autostart == "last-state" and ran):
+            try:
+                check_memory(vm.mem_size, self._overcommit)
+            except ExhaustedError as error:
+                reason = f"it was not started with the host: {error.message}"
+                write_state(vm.id, VmState.ERROR, reason, wanted=WantedState.RUNNING)
+                return None
+            write_state(vm.id, VmState.STARTING, "starts with the host", wanted=WantedState.RUNNING)
+            return insert_job("vm_start", vm.name, 0, vm_id=vm.id, params={"revive": True})
+        write_state(vm.id, VmState(vm.state), vm.reason, wanted=WantedState.STOPPED)
+        return None
+
+    async def _one(self, vm_id: int) -> None:
+        """Judge one vm and begin what follows; its lock is ours until then."""
+        lock = self._operations.lock(vm_id)
+        jobs = self._jobs.get(vm_id, [])
+        holding = [row for row in jobs if self._operations.holds_vm(row)]
+        is_lock_ours = True
+        try:
+            vm = await self._states.find(vm_id)
+            if vm is not None:
+                await self._judge_in_time(vm, is_busy=bool(holding))
+            for row in jobs:
+                if row in holding[:1]:
+                    is_lock_ours = False
+                    await self._operations.resume(row, lock)
+                elif row not in holding:
+                    await self._operations.resume(row, lock, is_held=False)
+        finally:
+            if is_lock_ours:
+                lock.release()
+        if not jobs:
+            self._keeper.consider(vm_id)
+
+    async def _judge_in_time(self, vm: VmRecord, *, is_busy: bool) -> None:
+        try:
+            async with asyncio.timeout(_JUDGING_SECONDS):
+                await self._judge(vm, is_busy=is_busy)
+        except (CloudError, OSError) as error:
+            _log.warning("vm %d (%s) can't be judged: %s", vm.id, vm.name, error)
+            reason = f"it could not be judged: {error or 'it took too long'}"
+            await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
+
+    async def _judge(self, vm: VmRecord, *, is_busy: bool) -> None:
+        if vm.state in (VmState.CREATING, VmState.DELETING) and not is_busy:
+            _log.warning("vm %d (%s) was left %s and is removed", vm.id, vm.name, vm.state)
+            await self._steps.demolish(vm)
+        elif vm.process is not None:
+            try:
+                await self._supervisor.adopt(vm, see=not is_busy)
+                _log.info("vm %d (%s) adopted: its qemu is process %d", vm.id, vm.name, vm.pid)
+            except NotFoundError:
+                if is_busy:
+                    await self._states.forget_process(vm.id)
+                else:
+                    await self._states.change(lambda: _write_ended(vm, boot_id()))
+        elif not is_busy and vm.state not in DOWN_STATES:
+            await self._steps.end_stray(vm)
+            await self._states.change(lambda: _write_ended(vm, boot_id()))
 
 
-async def _judge(vm: VmRecord, states: VmStates, supervisor: Supervisor, power: VmPower) -> None:
-    if vm.state == VmState.DELETING:
-        await power.demolish(vm)
-    elif vm.state in DOWN_STATES:
-        return
-    elif vm.process is not None and await _adopt(vm, supervisor):
-        _log.info("vm %d (%s) adopted: its qemu is process %d", vm.id, vm.name, vm.process.pid)
-    elif vm.state == VmState.CREATING:
-        _log.warning("vm %d (%s) was not finished and is undone", vm.id, vm.name)
-        await power.demolish(vm)
+def _write_ended(vm: VmRecord, boot: str) -> None:
+    if vm.boot_id not in (None, boot):
+        write_state(vm.id, VmState.STOPPED, "the host was rebooted")
+    elif vm.process is None or vm.state in (VmState.STOPPING, VmState.STARTING):
+        write_state(vm.id, VmState.STOPPED, "it ended while the daemon was away")
     else:
-        await power.end_stray(vm)
-        await _see_ended(vm, states)
-
-
-async def _adopt(vm: VmRecord, supervisor: Supervisor) -> bool:
-    try:
-        await supervisor.adopt(vm)
-    except (NotFoundError, ForeignMachineError) as error:
-        _log.info("vm %d (%s): %s", vm.id, vm.name, error)
-        return False
-    except HostError as error:
-        raise HostError(f"its qemu can't be reached: {error.message}") from error
-    return True
-
-
-async def _see_ended(vm: VmRecord, states: VmStates) -> None:
-    if vm.state in (VmState.STOPPING, VmState.STARTING) or vm.process is None:
-        await states.see(vm.id, VmState.STOPPED, "it ended while the daemon was away")
-    elif vm.boot_id != boot_id():
-        await states.see(vm.id, VmState.STOPPED, "the host was rebooted")
-    else:
-        await states.see(vm.id, VmState.CRASHED, "qemu ended while the daemon was away")
+        write_state(vm.id, VmState.CRASHED, "qemu ended while the daemon was away")

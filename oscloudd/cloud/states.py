@@ -23,6 +23,9 @@ LIVE_STATES = frozenset(
     {VmState.STARTING, VmState.RUNNING, VmState.PAUSED, VmState.STOPPING, VmState.UNRESPONSIVE}
 )
 
+# What the machine itself is seen to be in; the others say what is being done to it.
+SEEN_STATES = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.UNRESPONSIVE})
+
 # Nothing runs, and `vm_start` may begin.
 DOWN_STATES = frozenset({VmState.STOPPED, VmState.CRASHED, VmState.ERROR})
 

@@ -1,76 +1,52 @@
-"""Supervision: every qemu this daemon has hold of, from launch or adoption to its end.
+"""Supervision: every qemu this daemon has hold of, from its start or adoption to its end.
 
-Owns the holds (`Qemu`, telnet port, the task that sees a guest through its boot). Writes what it
-sees to `VmStates`; what should happen next is decided by `vm_power` and `vm_create`.
+Owns the holds. Writes what it sees to `VmStates`; what should happen next is decided by jobs
+(`vm_steps`) and, when a qemu ends by itself, by the `keeper`.
 """
 
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import Any
 
+from oscloudd.cloud.boot import Boot
+from oscloudd.cloud.heartbeat import Heartbeat, state_of
+from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
-from oscloudd.cloud.states import VmState
+from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
-from oscloudd.cloud.vm_records import VmRecord
-from oscloudd.cloud.vm_states import VmStates
+from oscloudd.cloud.vm_records import VmRecord, find_vm
+from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError
-from oscloudd.guest.dialogue import tell_identity
-from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
-from oscloudd.machine.console_log import read_log_tail, trim_log
-from oscloudd.machine.ending import Ending
+from oscloudd.machine.console_log import read_log_tail
+from oscloudd.machine.ending import Ending, EndingKind
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
-from oscloudd.machine.telnet import TelnetServer
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
 
-# debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
-BOOT_SECONDS = 600.0
+# A qemu that is well answers in milliseconds; one that is not must not keep others waiting.
+ADOPTION_SECONDS = 3.0
 _EXIT_SECONDS = 5.0
-
-_OnStage = Callable[[str, str], None]
-
-_STATE_OF_STATUS = {
-    "running": (VmState.RUNNING, ""),
-    "paused": (VmState.PAUSED, "paused by the user"),
-    "io-error": (VmState.PAUSED, "an error of the host's disk stopped it"),
-    "guest-panicked": (VmState.CRASHED, "the guest's kernel panicked"),
-}
-
-
-def _ignore_stage(_stage: str, _message: str) -> None:
-    pass
-
-
-@dataclass
-class Held:
-    """One qemu held: closing lets go of it, and it runs on."""
-
-    qemu: Qemu
-    telnet: TelnetServer | None = None
-    settling: asyncio.Task[None] | None = None
-    watcher: asyncio.Task[None] | None = None
-    on_stage: _OnStage = field(default=_ignore_stage)
 
 
 class Supervisor:
-    """All qemus of this daemon by vm id; `main` closes it."""
+    """All qemus of this daemon by vm id; `close` lets go of them.
+
+    `on_ended` is called with the id of a vm whose qemu has ended without a job having wanted it.
+    """
 
     def __init__(
         self,
@@ -90,6 +66,9 @@ class Supervisor:
         self._user = user
         self._accelerator = accelerator
         self._held: dict[int, Held] = {}
+        self._boot = Boot(config, states)
+        self._heartbeat = Heartbeat(config, states, self._attend_again)
+        self.on_ended: Callable[[int], None] = lambda _vm_id: None
 
     def find(self, vm_id: int) -> Qemu | None:
         """Give the qemu of a vm, or None when there is none."""
@@ -107,54 +86,75 @@ class Supervisor:
             )
         return qemu
 
-    async def launch(self, vm: VmRecord, on_stage: _OnStage = _ignore_stage) -> None:
-        """Start a qemu for the vm and let the guest take its first step.
+    async def bring_up_network(self, vm: VmRecord) -> None:
+        """Have the vm's bridge and the firewall in place."""
+        await self._networks.ensure_up(await self._network_of(vm))
 
-        Raises HostError; nothing is left running then. Its boot is seen through in the
-        background: `settled` waits for that.
+    async def spawn(self, vm: VmRecord) -> None:
+        """Start a qemu for the vm that stands still, and write down which process it is.
+
+        Raises HostError; nothing is left running then.
         """
         template = self._templates.get_ready(vm.template)
-        network = await self._database.run(lambda: read_network(vm.network_id))
-        await self._networks.ensure_up(network)
         accelerator = await asyncio.shield(self._accelerator)
-        on_stage("starting", f"starting qemu ({accelerator.name})")
         tap_fd = open_tap(vm.tap, vm.bridge)
         try:
             spec = _spec(vm, template, accelerator.name, self._config.qemu.binary)
             files = self._files(vm, template)
-            qemu = await launch(spec, files, self._user, self._on_event(vm.id), tap_fd=tap_fd)
+            held = Held(vm.id)
+            on_event = self._on_event(held)
+            held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
         finally:
             os.close(tap_fd)
-        await self._states.record_process(vm.id, qemu.identity, accelerator.name)
-        self._hold(vm, qemu, on_stage)
+        await self._states.record_process(vm.id, held.qemu.identity, accelerator.name)
+        self._hold(vm, held)
         self._remember_neighbour(vm)
-        await qemu.resume()
-        await self._states.see(vm.id, VmState.RUNNING)
-        await self._attend(vm, network)
 
-    async def adopt(self, vm: VmRecord) -> None:
+    async def let_run(self, vm: VmRecord) -> None:
+        """Let the guest take its first step, and see it through its boot in the background.
+
+        Does nothing more to a guest that runs already. `settled` waits for the boot.
+        """
+        held = self._held.get(vm.id)
+        if held is None:
+            raise await self._ended_early(vm.id)
+        if await held.qemu.status() in ("prelaunch", "paused"):
+            await held.qemu.resume()
+        await self._states.see(vm.id, VmState.RUNNING)
+        await self._boot.attend(vm, held)
+
+    async def adopt(self, vm: VmRecord, *, see: bool = True) -> None:
         """Take hold of the qemu an earlier daemon started; raises NotFoundError when it is gone.
 
-        Also raises ForeignMachineError when the process is not this vm's.
+        With `see` its state is written down; without, a job is about to do so. A qemu that does
+        not answer is held all the same, UNRESPONSIVE. Raises ForeignMachineError when the process
+        lives and its sockets are another's.
         """
         assert vm.process is not None
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         history = await asyncio.to_thread(read_log_tail, paths.console_log)
-        qemu = await adopt(
-            paths.run_directory, vm.process, vm.uuid, self._on_event(vm.id), history=history
-        )
-        self._hold(vm, qemu, _ignore_stage)
+        held = Held(vm.id)
+        held.qemu = await adopt(
+            paths.run_directory, vm.process, vm.uuid, self._on_event(held),
+            history=history, timeout_seconds=ADOPTION_SECONDS,
+        )  # fmt: skip
+        self._hold(vm, held)
         try:
-            await self._see_adopted(vm, qemu)
+            await self._see_adopted(vm, held, see=see)
         except CloudError as error:
-            await self._states.see(vm.id, VmState.UNRESPONSIVE, f"its monitor: {error.message}")
+            _log.warning("vm %d (%s): %s", vm.id, vm.name, error.message)
+            held.is_late = True
+            if see:
+                reason = f"qemu does not answer: {error.message}"
+                await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
 
-    async def settled(self, vm_id: int) -> None:
+    async def settled(self, vm_id: int, on_stage: Callable[[str, str], None]) -> None:
         """Wait until the guest has its identity and its sshd answers; raises what went wrong."""
         held = self._held.get(vm_id)
         if held is None or held.settling is None:
             await self.released(vm_id)
             raise await self._ended_early(vm_id)
+        held.listen(on_stage)
         try:
             await asyncio.shield(held.settling)
         except asyncio.CancelledError:
@@ -177,6 +177,19 @@ class Supervisor:
         if held is not None and held.watcher is not None:
             await asyncio.shield(held.watcher)
 
+    async def refresh(self, vm: VmRecord) -> None:
+        """Write down what qemu says of the vm, or that it says nothing, after a job gave up."""
+        held = self._held.get(vm.id)
+        if held is None or held.qemu.exited.done():
+            await self._states.see(vm.id, VmState.STOPPED, "it ended meanwhile")
+            return
+        try:
+            state, reason = state_of(await held.qemu.status(timeout_seconds=ADOPTION_SECONDS))
+        except CloudError as error:
+            state, reason = VmState.UNRESPONSIVE, error.message
+            held.is_late = True
+        await self._states.see(vm.id, state, reason)
+
     def forget_neighbour(self, vm: VmRecord) -> None:
         """Take the vm's address out of the host's neighbour table, before another vm gets it."""
         delete_neighbour(vm.bridge, IPv4Address(vm.ip))
@@ -187,7 +200,7 @@ class Supervisor:
             if held.watcher is not None:
                 held.watcher.cancel()
                 await asyncio.gather(held.watcher, return_exceptions=True)
-            await self._let_go(held)
+            await held.let_go()
         self._held.clear()
 
     async def _ended_early(self, vm_id: int) -> CloudError:
@@ -198,109 +211,66 @@ class Supervisor:
             return HostError(message)
         return InvalidStateError(message)
 
-    async def _see_adopted(self, vm: VmRecord, qemu: Qemu) -> None:
-        status = await qemu.status()
-        if status == "prelaunch":
-            await qemu.resume()
-            status = "running"
-        state, reason = _STATE_OF_STATUS.get(status, (VmState.UNRESPONSIVE, f"qemu is {status}"))
-        await self._states.see(vm.id, state, reason)
-        network = await self._database.run(lambda: read_network(vm.network_id))
-        await self._networks.ensure_up(network)
+    async def _see_adopted(self, vm: VmRecord, held: Held, *, see: bool) -> None:
+        # The bridge and its rules first: the guest has been using them all the while.
+        await self.bring_up_network(vm)
         self._remember_neighbour(vm)
-        await self._attend(vm, network)
+        status = await held.qemu.status(timeout_seconds=ADOPTION_SECONDS)
+        if see:
+            if status == "prelaunch":
+                await held.qemu.resume()
+                status = "running"
+            await self._states.see(vm.id, *state_of(status))
+        if status == "io-error":
+            held.is_out_of_space = await self._heartbeat.is_out_of_space(held)
+        await self._boot.attend(vm, held)
 
-    def _hold(self, vm: VmRecord, qemu: Qemu, on_stage: _OnStage) -> None:
-        held = Held(qemu, on_stage=on_stage)
+    async def _attend_again(self, held: Held) -> None:
+        vm = await self._states.find(held.vm_id)
+        if vm is not None:
+            await self._boot.attend(vm, held)
+
+    def _hold(self, vm: VmRecord, held: Held) -> None:
         self._held[vm.id] = held
         held.watcher = asyncio.create_task(self._watch(vm, held), name=f"vm {vm.id}")
-
-    async def _attend(self, vm: VmRecord, network: NetworkRecord) -> None:
-        """Open the serial port and see the guest through its boot."""
-        held = self._held.get(vm.id)
-        if held is None:
-            return
-        console_log = vm_paths(self._config, vm.id, vm.disk_id).console_log
-        await asyncio.to_thread(trim_log, console_log)
-        telnet = TelnetServer(
-            held.qemu.console, vm.serial_port, lambda uid: uid in (0, vm.owner_uid)
-        )
-        try:
-            await telnet.start()
-            held.telnet = telnet
-        except CloudError as error:
-            # A busy port takes away one of three ways to the console, not the vm.
-            _log.warning("vm %d: %s", vm.id, error.message)
-        if held.qemu.exited.done():
-            # It died meanwhile, and the watcher may have let go before there was a port to close.
-            await telnet.close()
-            return
-        if not vm.ready or held.settling is None:
-            held.settling = asyncio.create_task(self._settle(vm, held), name=f"vm {vm.id} boot")
-            held.settling.add_done_callback(_retrieve)
-
-    async def _settle(self, vm: VmRecord, held: Held) -> None:
-        document = await self._states.seed_document(vm.id)
-        if document:
-            held.on_stage("booting", "waiting for the guest's first boot")
-            line = held.qemu.console.attach_socket(with_history=True)
-            await _tell(line, document)
-            await self._states.record_identified(vm.id)
-        held.on_stage("ready", f"waiting for sshd at {vm.ip}")
-        await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
-        if not document:
-            await self._states.record_identified(vm.id)
-        await self._states.record_ready(vm.id)
+        held.pulse = asyncio.create_task(self._heartbeat.beat(held), name=f"vm {vm.id} heartbeat")
 
     async def _watch(self, vm: VmRecord, held: Held) -> None:
         ending: Ending = await held.qemu.exited
-        await self._let_go(held)
-        state = VmState.STOPPED if ending.is_orderly else VmState.CRASHED
-        seen = await self._states.find(vm.id)
-        if seen is not None and seen.state != VmState.DELETING:
-            await self._states.see(vm.id, state, ending.message)
+        await held.let_go()
+        by_itself = await self._states.change(lambda: _write_ending(vm.id, ending))
         run_directory = vm_paths(self._config, vm.id, vm.disk_id).run_directory
-        await asyncio.to_thread(RunDirectory(run_directory).remove)
+        try:
+            await asyncio.to_thread(RunDirectory(run_directory).remove)
+        except OSError as error:
+            _log.warning("vm %d: %s", vm.id, error)  # the next start or sweep removes it
         if self._held.get(vm.id) is held:
             del self._held[vm.id]
+        if by_itself:
+            self.on_ended(vm.id)
 
-    async def _let_go(self, held: Held) -> None:
-        if held.settling is not None:
-            held.settling.cancel()
-            await asyncio.gather(held.settling, return_exceptions=True)
-        if held.telnet is not None:
-            await held.telnet.close()
-        await held.qemu.close()
-
-    def _on_event(self, vm_id: int) -> Callable[[str, Mapping[str, Any]], None]:
+    def _on_event(self, held: Held) -> Callable[[str, Mapping[str, Any]], None]:
         """Follow what qemu says of its guest: paused, resumed, out of disk space."""
-        pending: set[asyncio.Task[None]] = set()
         trouble: list[str] = []
 
         def take(name: str, data: Mapping[str, Any]) -> None:
             if name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
-                full = "the host's disk is full" if data.get("nospace") else "a disk error"
-                trouble.append(f"stopped by {full}")
+                held.is_out_of_space = bool(data.get("nospace"))
+                trouble.append(self._heartbeat.why_stopped(held))
             elif name == "STOP":
                 reason = trouble.pop() if trouble else "paused by the user"
-                _spawn(pending, self._see_if_held(vm_id, VmState.PAUSED, reason))
+                held.spawn(self._see_if_held(held, VmState.PAUSED, reason))
             elif name == "RESUME":
-                _spawn(pending, self._see_if_held(vm_id, VmState.RUNNING, ""))
+                held.spawn(self._see_if_held(held, VmState.RUNNING, ""))
 
         return take
 
-    async def _see_if_held(self, vm_id: int, state: VmState, reason: str) -> None:
-        seen = await self._states.find(vm_id)
-        if (
-            vm_id in self._held
-            and seen is not None
-            and seen.state
-            in (
-                VmState.RUNNING,
-                VmState.PAUSED,
-            )
-        ):
-            await self._states.see(vm_id, state, reason)
+    async def _see_if_held(self, held: Held, state: VmState, reason: str) -> None:
+        if self._held.get(held.vm_id) is held:
+            await self._states.see_if(held.vm_id, SEEN_STATES, state, reason)
+
+    async def _network_of(self, vm: VmRecord) -> NetworkRecord:
+        return await self._database.run_when_available(lambda: read_network(vm.network_id))
 
     def _remember_neighbour(self, vm: VmRecord) -> None:
         # The kernel asks for an address it does not know once a second only, and a booting guest
@@ -322,19 +292,20 @@ class Supervisor:
         )
 
 
-async def _tell(line: socket.socket, document: str) -> None:
-    telling = asyncio.ensure_future(
-        asyncio.to_thread(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
-    )
-    try:
-        await asyncio.shield(telling)
-    finally:
-        # The thread waits in poll(2), which a shutdown ends and a close does not; and closed under
-        # it, the descriptor would be another's by the time it reads.
-        with suppress(OSError):
-            line.shutdown(socket.SHUT_RDWR)
-        await asyncio.gather(telling, return_exceptions=True)
-        line.close()
+def _write_ending(vm_id: int, ending: Ending) -> bool:
+    """Write down how a qemu ended, in a transaction; True unless a job is ending it."""
+    seen = find_vm(vm_id)
+    if seen is None:
+        return False
+    if seen.state in (VmState.STOPPING, VmState.DELETING):
+        # What becomes of the vm is its job's to say.
+        write_state(vm_id, VmState(seen.state), seen.reason, forget_process=True)
+        return False
+    state = VmState.STOPPED if ending.is_orderly else VmState.CRASHED
+    by_guest = ending.kind == EndingKind.GUEST_SHUTDOWN and seen.restart != "always"
+    wanted = WantedState.STOPPED if by_guest else None
+    write_state(vm_id, state, ending.message, wanted=wanted)
+    return True
 
 
 def _spec(vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str) -> MachineSpec:
@@ -349,15 +320,3 @@ def _spec(vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str) 
         base_format=template.declaration.image.format,
         cmdline=template.declaration.boot.cmdline,
     )
-
-
-def _spawn(pending: set[asyncio.Task[None]], work: Any) -> None:
-    task = asyncio.create_task(work)
-    pending.add(task)
-    task.add_done_callback(pending.discard)
-
-
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Log how a boot went wrong, since perhaps nobody waits for it."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.warning("%s: %s", task.get_name(), error)

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from peewee import fn
 
-from oscloudd.cloud.jobs import Job, Jobs, OnProgress
+from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.template_files import (
     DECLARATION,
@@ -123,26 +123,30 @@ class Templates:
             used_by=int(used_by),
         )
 
-    async def build(self, name: str, owner_uid: int, listener: OnProgress) -> TemplateInfo:
+    async def build(self, name: str, order: Order) -> TemplateInfo | JobInfo:
         """Build a template here from its own `build` program."""
-        return await self._make(name, "build", owner_uid, listener)
+        return await self._make(name, "build", order)
 
-    async def download(self, name: str, owner_uid: int, listener: OnProgress) -> TemplateInfo:
+    async def download(self, name: str, order: Order) -> TemplateInfo | JobInfo:
         """Fetch a template's image from its vendor and check it against the vendor's checksum."""
-        return await self._make(name, "download", owner_uid, listener)
+        return await self._make(name, "download", order)
 
-    async def _make(
-        self, name: str, kind: str, owner_uid: int, listener: OnProgress
-    ) -> TemplateInfo:
+    async def _make(self, name: str, kind: str, order: Order) -> TemplateInfo | JobInfo:
         _check_file_name(name)
         declaration = self._get_declaration(name)
         self._check_can_make(name, kind, declaration)
         self._making[name] = "BUILDING" if kind == "build" else "DOWNLOADING"
         try:
-            job = await self._jobs.begin(f"template_{kind}", name, owner_uid, listener)
-            await asyncio.shield(self._jobs.run(job, self._fill(name, declaration, job)))
-        finally:
-            self._making.pop(name, None)
+            job = await self._jobs.begin(f"template_{kind}", name, order)
+        except BaseException:
+            del self._making[name]
+            raise
+        job.cancellable = True
+        task = self._jobs.run(job, job.interruptible(self._fill(name, declaration, job)))
+        task.add_done_callback(lambda _done: self._making.pop(name, None))
+        if not order.wait:
+            return await self._jobs.info(job.id)
+        await asyncio.shield(task)
         return await self.info(name)
 
     def _check_can_make(self, name: str, kind: str, declaration: Declaration) -> None:

@@ -1,24 +1,23 @@
-"""Starting, stopping, pausing and deleting a vm: one thing at a time for each."""
+"""Starting, stopping, pausing and deleting a vm: when it is allowed, and what it begins with.
+
+What is then done, step by step, is in `operations`.
+"""
 
 import asyncio
-from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
-from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, VmState, WantedState
+from oscloudd.cloud.jobs import JobInfo, Jobs, Order
+from oscloudd.cloud.memory import check_memory
+from oscloudd.cloud.operations import Decide, Operations
+from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, SEEN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
-from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
-from oscloudd.cloud.vm_states import VmStates
+from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, ExhaustedError, InvalidStateError, NotFoundError
-from oscloudd.host.processes import find_processes_in, open_process
-from oscloudd.host.resources import memory_available_bytes
-from oscloudd.host.sessions import end_session
-from oscloudd.machine.run_directory import RunDirectory
+from oscloudd.errors import InvalidStateError
 from oscloudd.store.database import Database
-from oscloudd.store.models import Disk, Vm
 
 
 class VmDeleted(msgspec.Struct, frozen=True):
@@ -32,51 +31,91 @@ class VmPower:
     """What is done to a vm as a whole."""
 
     def __init__(
-        self, config: Config, database: Database, states: VmStates, supervisor: Supervisor
+        self,
+        config: Config,
+        database: Database,
+        states: VmStates,
+        supervisor: Supervisor,
+        jobs: Jobs,
+        operations: Operations,
     ) -> None:
-        self._config = config
+        self._overcommit = config.limits.overcommit
         self._database = database
         self._states = states
         self._supervisor = supervisor
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._jobs = jobs
+        self._operations = operations
 
-    def lock(self, vm_id: int) -> asyncio.Lock:
-        """Give the lock that whoever does something to this vm holds."""
-        return self._locks.setdefault(vm_id, asyncio.Lock())
-
-    async def get(self, key: int | str) -> VmRecord:
-        """Read a vm by id or name; raises NotFoundError."""
-        return await self._database.run(lambda: read_vm(key))
-
-    async def start(self, key: int | str) -> VmInfo:
+    async def start(self, key: int | str, order: Order) -> VmInfo | JobInfo:
         """Start a vm that is down, and answer when it runs."""
-        vm = await self.get(key)
-        async with self.lock(vm.id):
-            await self._start(await self.get(vm.id))
-        return describe(await self.get(vm.id))
+        return await self._order("vm_start", await self._get(key), order, self.decide_start)
 
-    async def stop(self, key: int | str, *, force: bool, timeout_seconds: float) -> VmInfo:
+    async def stop(
+        self, key: int | str, order: Order, *, force: bool, timeout_seconds: float
+    ) -> VmInfo | JobInfo:
         """Power a vm off: by its button, or at once with `force`; its disk stays.
 
-        A vm that is down already is left as it is.
+        A vm that is down already is left as it is, and no policy will revive it.
         """
-        vm = await self.get(key)
+        vm = await self._get(key)
         if force:
             self._hurry(vm)
-        async with self.lock(vm.id):
-            await self._stop(await self.get(vm.id), force, timeout_seconds)
-        return describe(await self.get(vm.id))
 
-    async def restart(self, key: int | str, *, force: bool, timeout_seconds: float) -> VmInfo:
+        def decide(vm: VmRecord) -> dict[str, Any] | None:
+            if vm.state in DOWN_STATES:
+                write_state(vm.id, VmState(vm.state), vm.reason, wanted=WantedState.STOPPED)
+                return None
+            self._check_can_end(vm, "stopped", force=force)
+            return _begin_end(
+                vm,
+                VmState.STOPPING,
+                WantedState.STOPPED,
+                force=force,
+                timeout_seconds=timeout_seconds,
+            )
+
+        return await self._order("vm_stop", vm, order, decide)
+
+    async def restart(
+        self, key: int | str, order: Order, *, force: bool, timeout_seconds: float
+    ) -> VmInfo | JobInfo:
         """Stop and start a vm."""
-        vm = await self.get(key)
-        async with self.lock(vm.id):
-            vm = await self.get(vm.id)
+
+        def decide(vm: VmRecord) -> dict[str, Any]:
             if vm.state not in LIVE_STATES:
-                self._refuse(vm, "restarted", f"start it: oscloudctl vm-start {vm.name}")
-            await self._stop(vm, force, timeout_seconds)
-            await self._start(await self.get(vm.id))
-        return describe(await self.get(vm.id))
+                refuse(vm, "restarted", f"start it: oscloudctl vm-start {vm.name}")
+            self._check_can_end(vm, "restarted", force=force)
+            return _begin_end(
+                vm,
+                VmState.STOPPING,
+                WantedState.RUNNING,
+                force=force,
+                timeout_seconds=timeout_seconds,
+            )
+
+        return await self._order("vm_restart", await self._get(key), order, decide)
+
+    async def delete(
+        self, key: int | str, order: Order, *, force: bool, timeout_seconds: float
+    ) -> VmDeleted | JobInfo:
+        """Stop a vm and remove it with its disk: there is no way back."""
+        vm = await self._get(key)
+        if force:
+            self._hurry(vm)
+
+        def decide(vm: VmRecord) -> dict[str, Any]:
+            if vm.state not in (*DOWN_STATES, VmState.CREATING, VmState.DELETING):
+                self._check_can_end(vm, "deleted", force=force)
+            return _begin_end(
+                vm,
+                VmState.DELETING,
+                WantedState.DELETED,
+                force=force,
+                timeout_seconds=timeout_seconds,
+            )
+
+        answer = await self._order("vm_delete", vm, order, decide)
+        return answer if isinstance(answer, JobInfo) else VmDeleted(vm.id, vm.name)
 
     async def pause(self, key: int | str) -> VmInfo:
         """Stop the processors of a running vm."""
@@ -86,116 +125,71 @@ class VmPower:
         """Let a paused vm go on."""
         return await self._switch(key, VmState.PAUSED, VmState.RUNNING)
 
-    async def delete(self, key: int | str, *, force: bool, timeout_seconds: float) -> VmDeleted:
-        """Stop a vm and remove it with its disk: there is no way back."""
-        vm = await self.get(key)
-        if force:
-            self._hurry(vm)
-        async with self.lock(vm.id):
-            vm = await self.get(vm.id)
-            await self._states.want(vm.id, WantedState.DELETED)
-            if self._supervisor.find(vm.id) is not None and not force:
-                await self._stop(vm, force=False, timeout_seconds=timeout_seconds)
-            await self.demolish(vm)
-        self._locks.pop(vm.id, None)
-        return VmDeleted(vm.id, vm.name)
-
-    async def demolish(self, vm: VmRecord) -> None:
-        """Remove everything there is of a vm, its rows last; may be called again at any point."""
-        await self._states.see(vm.id, VmState.DELETING)
-        qemu = self._supervisor.find(vm.id)
-        if qemu is not None:
-            await qemu.stop(force=True)
-            await self._supervisor.released(vm.id)
-        else:
-            await self.end_stray(vm)
-        paths = vm_paths(self._config, vm.id, vm.disk_id)
-        await asyncio.to_thread(paths.remove)
-        self._supervisor.forget_neighbour(vm)
-
-        def forget() -> None:
-            Vm.delete().where(Vm.id == vm.id).execute()
-            Disk.delete().where(Disk.id == vm.disk_id).execute()
-
-        await self._database.run(forget)
-        self._states.changes.announce()
-
-    async def end_stray(self, vm: VmRecord) -> None:
-        """Kill a qemu an earlier daemon started and did not write down; clear its directory.
-
-        Its working directory, the vm's own run directory, is the proof that it is ours.
-        """
-        directory = vm_paths(self._config, vm.id, vm.disk_id).run_directory
-        for identity in await asyncio.to_thread(find_processes_in, directory):
-            with suppress(NotFoundError):
-                await end_session(open_process(identity))
-        await asyncio.to_thread(RunDirectory(directory).remove)
-
-    async def _start(self, vm: VmRecord) -> None:
+    def decide_start(self, vm: VmRecord) -> dict[str, Any]:
+        """Allow a start and write down that it has begun, inside its transaction."""
         if vm.state not in DOWN_STATES:
-            self._refuse(vm, "started", f"see: oscloudctl vm-info {vm.name}")
-        check_memory(vm.mem_size)
-        await self._states.want(vm.id, WantedState.RUNNING)
-        await self._states.see(vm.id, VmState.STARTING)
-        try:
-            await self._supervisor.launch(vm)
-        except CloudError as error:
-            await self._states.see(vm.id, VmState.ERROR, error.message)
-            raise
+            refuse(vm, "started", f"see: oscloudctl vm-info {vm.name}")
+        check_memory(vm.mem_size, self._overcommit)
+        write_state(vm.id, VmState.STARTING, wanted=WantedState.RUNNING)
+        return {}
 
-    async def _stop(self, vm: VmRecord, force: bool, timeout_seconds: float) -> None:  # noqa: FBT001 - passed on
-        await self._states.want(vm.id, WantedState.STOPPED)
-        qemu = self._supervisor.find(vm.id)
-        if qemu is None:
-            if vm.state in LIVE_STATES:
-                self._refuse(vm, "stopped", "its qemu is not in our hands; restart oscloudd")
-            return
-        before = vm.state
-        await self._states.see(vm.id, VmState.STOPPING)
-        try:
-            await qemu.stop(timeout_seconds=timeout_seconds, force=force)
-        except CloudError:
-            await self._states.see(vm.id, VmState(before), "it could not be stopped")
-            raise
-        await self._supervisor.released(vm.id)
-        await self._states.see(vm.id, VmState.STOPPED, "stopped by the user")
+    async def _order(
+        self, kind: str, vm: VmRecord, order: Order, decide: Decide
+    ) -> VmInfo | JobInfo | Any:
+        begun = await self._operations.begin(kind, vm.id, order, decide)
+        if begun is not None:
+            job, task = begun
+            if not order.wait:
+                return await self._jobs.info(job.id)
+            await asyncio.shield(task)
+        self._states.changes.announce()
+        return None if kind == "vm_delete" else describe(await self._get(vm.id))
 
     async def _switch(self, key: int | str, before: VmState, after: VmState) -> VmInfo:
-        vm = await self.get(key)
-        async with self.lock(vm.id):
-            vm = await self.get(vm.id)
+        vm = await self._get(key)
+        async with self._operations.lock(vm.id):
+            vm = await self._get(vm.id)
             if vm.state == after:
                 return describe(vm)
             if vm.state != before:
                 verb = "paused" if after == VmState.PAUSED else "resumed"
-                self._refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
+                refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
             qemu = self._supervisor.get(vm)
             await (qemu.pause() if after == VmState.PAUSED else qemu.resume())
             reason = "paused by the user" if after == VmState.PAUSED else ""
-            await self._states.see(vm.id, after, reason)
-        return describe(await self.get(vm.id))
+            await self._states.see_if(vm.id, SEEN_STATES, after, reason)
+        return describe(await self._get(vm.id))
+
+    def _check_can_end(self, vm: VmRecord, verb: str, *, force: bool) -> None:
+        """Refuse what would not come to its end, before anything is written."""
+        if vm.state == VmState.CREATING:
+            refuse(vm, verb, "wait for it, or cancel the job that makes it: oscloudctl job-list")
+        if vm.state == VmState.UNRESPONSIVE and not force:
+            refuse(vm, verb, "its qemu does not answer; add --force to end it all the same")
+        if self._supervisor.find(vm.id) is None and vm.process is not None:
+            refuse(vm, verb, f"its qemu (process {vm.pid}) is not in our hands: {vm.reason}")
 
     def _hurry(self, vm: VmRecord) -> None:
-        """Let a forced stop cut short a gentle one that holds the lock."""
+        """Let a forced stop cut short a gentle one that holds the vm."""
         qemu = self._supervisor.find(vm.id)
-        if qemu is not None and self.lock(vm.id).locked():
+        if qemu is not None and self._operations.lock(vm.id).locked():
             task = asyncio.ensure_future(qemu.stop(force=True))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def _refuse(self, vm: VmRecord, verb: str, hint: str) -> NoReturn:
-        raise InvalidStateError(
-            f"vm {vm.name!r} can't be {verb}: it is {vm.state}", hint=hint, state=vm.state
-        )
+    async def _get(self, key: int | str) -> VmRecord:
+        return await self._database.run(lambda: read_vm(key))
 
 
-def check_memory(mem_size: int) -> None:
-    """Raise ExhaustedError when the host has not this much memory to give now."""
-    available = memory_available_bytes()
-    if mem_size > available:
-        raise ExhaustedError(
-            f"mem_size {mem_size} does not fit: the host has {available} bytes of memory available",
-            hint="ask for less, or stop a vm",
-            resource="memory",
-            wanted=mem_size,
-            available=available,
-        )
+def _begin_end(
+    vm: VmRecord, state: VmState, wanted: WantedState, *, force: bool, timeout_seconds: float
+) -> dict[str, Any]:
+    """Write down that a vm is being ended; give what the steps need."""
+    write_state(vm.id, state, wanted=wanted)
+    return {"force": force, "timeout": timeout_seconds, "pid": vm.pid, "wanted": vm.wanted_state}
+
+
+def refuse(vm: VmRecord, verb: str, hint: str) -> NoReturn:
+    """Raise the InvalidStateError of something that can't be done to a vm as it is."""
+    raise InvalidStateError(
+        f"vm {vm.name!r} can't be {verb}: it is {vm.state}", hint=hint, state=vm.state
+    )

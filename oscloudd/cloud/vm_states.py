@@ -1,22 +1,26 @@
 """Writing down what is seen of a vm, and telling whoever waits for it.
 
-The one place that changes `vm.state`; every change is logged and announced.
+The one place that changes `vm.state`; every change is logged, announced, and an event. The methods
+wait for a database that is away: what has been seen must be written down in the end.
 """
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from oscloudd.cloud.changes import Changes
-from oscloudd.cloud.states import VmState, WantedState
+from oscloudd.cloud.events import EventKind, insert_event
+from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.host.processes import ProcessIdentity
 from oscloudd.store.database import Database
 from oscloudd.store.models import Vm
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_NO_PROCESS = {
+_NO_PROCESS: dict[str, Any] = {
     "qemu_pid": None,
     "qemu_start_ticks": None,
     "qemu_boot_id": None,
@@ -25,26 +29,83 @@ _NO_PROCESS = {
 }
 
 
+def insert_state_event(vm_id: int, name: str, state: str, reason: str, wanted: str) -> None:
+    """Write the event of a vm's state, inside the transaction that changes it."""
+    data = {"state": state, "reason": reason, "wanted_state": wanted}
+    insert_event(EventKind.VM_STATE, name, data, vm_id=vm_id)
+
+
+def write_state(
+    vm_id: int,
+    state: VmState,
+    reason: str = "",
+    *,
+    wanted: WantedState | None = None,
+    forget_process: bool = False,
+) -> None:
+    """Write a state inside a transaction; one without a process forgets the process."""
+    seen = find_vm(vm_id)
+    if seen is None:
+        return
+    wanted_state = seen.wanted_state if wanted is None else wanted
+    if forget_process:
+        Vm.update(**_NO_PROCESS).where(Vm.id == vm_id).execute()
+    if (seen.state, seen.reason, seen.wanted_state) == (state, reason, wanted_state):
+        return
+    columns: dict[str, Any] = {"state": state, "reason": reason, "wanted_state": wanted_state}
+    if state in DOWN_STATES:
+        columns.update(_NO_PROCESS)
+    Vm.update(**columns).where(Vm.id == vm_id).execute()
+    insert_state_event(vm_id, seen.name, state, reason, wanted_state)
+    _log.info("vm %d (%s) is %s%s", vm_id, seen.name, state, f": {reason}" if reason else "")
+
+
+def write_gone(vm_id: int, name: str) -> None:
+    """Say, inside the transaction that removes its row, that a vm is gone."""
+    insert_state_event(vm_id, name, "DELETED", "", WantedState.DELETED)
+    _log.info("vm %d (%s) is gone", vm_id, name)
+
+
 class VmStates:
     """Owns the changing columns of the table `vm`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, changes: Changes) -> None:
         self._database = database
-        self.changes = Changes()
+        self.changes = changes
 
     async def find(self, vm_id: int) -> VmRecord | None:
         """Read one vm, None when it is gone."""
-        return await self._database.run(lambda: find_vm(vm_id))
+        return await self._database.run_when_available(lambda: find_vm(vm_id))
 
-    async def see(self, vm_id: int, state: VmState, reason: str = "") -> None:
-        """Write down a state; one without a process forgets the process."""
-        down = state in (VmState.STOPPED, VmState.CRASHED, VmState.ERROR)
-        await self._update(vm_id, state=state, reason=reason, **(_NO_PROCESS if down else {}))
-        _log.info("vm %d is %s%s", vm_id, state, f": {reason}" if reason else "")
+    async def see(
+        self, vm_id: int, state: VmState, reason: str = "", *, wanted: WantedState | None = None
+    ) -> None:
+        """Write down a state, and what the user wants where that is known to have changed."""
+        await self.change(lambda: write_state(vm_id, state, reason, wanted=wanted))
 
-    async def want(self, vm_id: int, wanted: WantedState) -> None:
-        """Write down what the user wants."""
-        await self._update(vm_id, wanted_state=wanted)
+    async def see_if(
+        self, vm_id: int, among: frozenset[VmState], state: VmState, reason: str = ""
+    ) -> bool:
+        """Write down a state unless the vm is by now in another than those `among`."""
+
+        def write() -> bool:
+            seen = find_vm(vm_id)
+            if seen is None or seen.state not in among:
+                return False
+            write_state(vm_id, state, reason)
+            return True
+
+        return await self.change(write)
+
+    async def change(self, work: Callable[[], T]) -> T:
+        """Run a transaction that writes states, and announce it."""
+        result = await self._database.run_when_available(work)
+        self.changes.announce()
+        return result
+
+    async def forget_process(self, vm_id: int) -> None:
+        """The vm's qemu has ended; what that means is for a job to say."""
+        await self._update(vm_id, **_NO_PROCESS)
 
     async def record_process(self, vm_id: int, process: ProcessIdentity, accelerator: str) -> None:
         """Write down which qemu it is, before that qemu may take its first step."""
@@ -74,8 +135,7 @@ class VmStates:
             row = Vm.select(Vm.seed_document).where(Vm.id == vm_id).tuples().first()
             return str(row[0]) if row else ""
 
-        return await self._database.run(read)
+        return await self._database.run_when_available(read)
 
     async def _update(self, vm_id: int, **columns: Any) -> None:
-        await self._database.run(lambda: Vm.update(**columns).where(Vm.id == vm_id).execute())
-        self.changes.announce()
+        await self.change(lambda: Vm.update(**columns).where(Vm.id == vm_id).execute())

@@ -6,6 +6,9 @@ from typing import Any, Literal
 import msgspec
 from peewee import IntegrityError
 
+from oscloudd.cloud.jobs import Order
+from oscloudd.cloud.keeper import Keeper
+from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.states import DOWN_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.vm_paths import vm_paths
@@ -30,12 +33,20 @@ class Vms:
     """What can be asked of vms without changing whether they run."""
 
     def __init__(
-        self, config: Config, database: Database, states: VmStates, supervisor: Supervisor
+        self,
+        config: Config,
+        database: Database,
+        states: VmStates,
+        supervisor: Supervisor,
+        operations: Operations,
+        keeper: Keeper,
     ) -> None:
         self._config = config
         self._database = database
         self._states = states
         self._supervisor = supervisor
+        self._operations = operations
+        self._keeper = keeper
 
     async def list(self) -> list[VmInfo]:
         """Describe every vm, by id."""
@@ -45,22 +56,43 @@ class Vms:
         """Describe one vm; raises NotFoundError."""
         return describe(await self._read(key))
 
-    async def rename(self, key: int | str, name: str) -> VmInfo:
+    async def rename(self, key: int | str, name: str, order: Order) -> VmInfo:
         """Give a vm another name; its guest keeps its hostname until it is told otherwise."""
         check_name(name)
 
-        def rename() -> VmRecord:
-            vm = read_vm(key)
+        def decide(vm: VmRecord) -> dict[str, Any] | None:
+            if vm.name == name:
+                return None
             Vm.update(name=name).where(Vm.id == vm.id).execute()
-            return read_vm(vm.id)
+            return {}
 
+        vm_id = (await self._read(key)).id
         try:
-            vm = await self._database.run(rename)
+            begun = await self._operations.begin("vm_rename", vm_id, order, decide)
         except IntegrityError as error:
             raise AlreadyExistsError(
                 f"vm {name!r} already exists", hint="choose another name", object="vm", name=name
             ) from error
+        if begun is not None:
+            await asyncio.shield(begun[1])
+        return describe(await self._read(vm_id))
+
+    async def set(
+        self, key: int | str, *, autostart: str | None = None, restart: str | None = None
+    ) -> VmInfo:
+        """Change when a vm starts by itself; None leaves a setting as it is."""
+        given = {"autostart": autostart, "restart": restart}
+        columns = {name: value for name, value in given.items() if value is not None}
+
+        def change() -> VmRecord:
+            vm = read_vm(key)
+            if columns:
+                Vm.update(**columns).where(Vm.id == vm.id).execute()
+            return read_vm(vm.id)
+
+        vm = await self._database.run(change)
         self._states.changes.announce()
+        self._keeper.consider(vm.id)
         return describe(vm)
 
     async def wait(self, key: int | str, state: str, timeout_seconds: float) -> VmInfo:

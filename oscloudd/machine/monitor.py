@@ -65,12 +65,13 @@ class Monitor:
         command: str,
         arguments: Mapping[str, Any] | None = None,
         *,
-        timeout_seconds: float = ANSWER_SECONDS,
+        timeout_seconds: float | None = ANSWER_SECONDS,
         descriptor: int | None = None,
     ) -> Any:
         """Run one command and give what it returns.
 
-        `descriptor` travels with it, for `getfd` and `add-fd`. Raises HostError when qemu refuses
+        `descriptor` travels with it, for `getfd` and `add-fd`; without `timeout_seconds` the answer
+        may take for ever. Raises HostError when qemu refuses
         or the connection is lost, OperationTimeoutError when it does not answer.
         """
         if self._writer is None or self.closed.is_set():
@@ -168,9 +169,9 @@ def _lost() -> HostError:
     return HostError("the connection to qemu's monitor is lost")
 
 
-def _no_answer(command: str, timeout_seconds: float) -> OperationTimeoutError:
+def _no_answer(command: str, timeout_seconds: float | None) -> OperationTimeoutError:
     return OperationTimeoutError(
-        f"qemu's monitor did not answer {command} within {timeout_seconds:g} s",
+        f"qemu's monitor did not answer {command} within {timeout_seconds or 0:g} s",
         hint="the guest is untouched; try again, or stop the vm with force",
         command=command,
     )

@@ -99,7 +99,7 @@ class Qemu:
         if not self.is_connected:
             await self._connect_monitor(timeout_seconds)
 
-    async def status(self, *, timeout_seconds: float = ANSWER_SECONDS) -> str:
+    async def status(self, *, timeout_seconds: float | None = ANSWER_SECONDS) -> str:
         """Give qemu's own run state: `running`, `paused`, `prelaunch`, `io-error`, …"""
         answer = await self.monitor.execute("query-status", timeout_seconds=timeout_seconds)
         return str(answer["status"])

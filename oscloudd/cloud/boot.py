@@ -1,0 +1,87 @@
+"""Seeing a guest through its boot: its serial port open, its identity told, its sshd waited for."""
+
+import asyncio
+import logging
+import socket
+from contextlib import suppress
+
+from oscloudd.cloud.held import Held
+from oscloudd.cloud.vm_paths import vm_paths
+from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.vm_states import VmStates
+from oscloudd.config import Config
+from oscloudd.errors import CloudError
+from oscloudd.guest.dialogue import tell_identity
+from oscloudd.guest.readiness import wait_ssh_banner
+from oscloudd.machine.console_log import trim_log
+from oscloudd.machine.telnet import TelnetServer
+
+_log = logging.getLogger(__name__)
+
+# debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
+BOOT_SECONDS = 600.0
+
+
+class Boot:
+    """Attends to guests that have begun to run, new and adopted."""
+
+    def __init__(self, config: Config, states: VmStates) -> None:
+        self._config = config
+        self._states = states
+
+    async def attend(self, vm: VmRecord, held: Held) -> None:
+        """Open the serial port and see the guest through its boot, in the background."""
+        if held.telnet is not None:
+            return
+        console_log = vm_paths(self._config, vm.id, vm.disk_id).console_log
+        await asyncio.to_thread(trim_log, console_log)
+        telnet = held.telnet = TelnetServer(
+            held.qemu.console, vm.serial_port, lambda uid: uid in (0, vm.owner_uid)
+        )
+        try:
+            await telnet.start()
+        except CloudError as error:
+            # A busy port takes away one of three ways to the console, not the vm.
+            _log.warning("vm %d: %s", vm.id, error.message)
+        if held.qemu.exited.done():
+            # It died meanwhile, and the watcher may have let go before there was a port to close.
+            await telnet.close()
+            return
+        seen = await self._states.find(vm.id)
+        if seen is not None and not seen.ready:
+            held.settling = asyncio.create_task(self._settle(vm, held), name=f"vm {vm.id} boot")
+            held.settling.add_done_callback(_retrieve)
+
+    async def _settle(self, vm: VmRecord, held: Held) -> None:
+        document = await self._states.seed_document(vm.id)
+        if document:
+            held.on_stage("booting", "waiting for the guest's first boot")
+            line = held.qemu.console.attach_socket(with_history=True)
+            await _tell(line, document)
+            await self._states.record_identified(vm.id)
+        held.on_stage("ready", f"waiting for sshd at {vm.ip}")
+        await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
+        if not document:
+            await self._states.record_identified(vm.id)
+        await self._states.record_ready(vm.id)
+
+
+async def _tell(line: socket.socket, document: str) -> None:
+    telling = asyncio.ensure_future(
+        asyncio.to_thread(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
+    )
+    try:
+        await asyncio.shield(telling)
+    finally:
+        # The thread waits in poll(2), which a shutdown ends and a close does not; and closed under
+        # it, the descriptor would be another's by the time it reads.
+        with suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+        await asyncio.gather(telling, return_exceptions=True)
+        line.close()
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Log how a boot went wrong, since perhaps nobody waits for it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.warning("%s: %s", task.get_name(), error)

@@ -1,0 +1,57 @@
+"""One qemu in the daemon's hands, with everything that is open or at work because of it."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from oscloudd.machine.qemu import Qemu
+from oscloudd.machine.telnet import TelnetServer
+
+_log = logging.getLogger(__name__)
+
+
+class Held:
+    """A hold on one qemu; `let_go` ends the hold, and qemu runs on."""
+
+    qemu: Qemu  # set before anybody else sees the hold
+
+    def __init__(self, vm_id: int) -> None:
+        self.vm_id = vm_id
+        self.telnet: TelnetServer | None = None
+        self.settling: asyncio.Task[None] | None = None
+        self.watcher: asyncio.Task[None] | None = None
+        self.pulse: asyncio.Task[None] | None = None
+        self.is_late = False
+        self.is_out_of_space = False
+        self.last_stage: tuple[str, str] | None = None
+        self._listener: Callable[[str, str], None] | None = None
+        self._asides: set[asyncio.Task[Any]] = set()
+
+    def on_stage(self, stage: str, message: str) -> None:
+        """Say how far the guest's boot is."""
+        self.last_stage = (stage, message)
+        if self._listener is not None:
+            self._listener(stage, message)
+
+    def listen(self, listener: Callable[[str, str], None]) -> None:
+        """Tell `listener` how far the boot is, now and from now on."""
+        self._listener = listener
+        if self.last_stage is not None:
+            listener(*self.last_stage)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do something on the side for as long as the hold lasts."""
+        task = asyncio.create_task(work, name=f"vm {self.vm_id} aside")
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
+
+    async def let_go(self) -> None:
+        """Close what is open and end what is at work, but the watcher, who calls this."""
+        for task in (self.settling, self.pulse, *self._asides):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if self.telnet is not None:
+            await self.telnet.close()
+        await self.qemu.close()

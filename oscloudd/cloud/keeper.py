@@ -1,0 +1,102 @@
+"""Keeping vms as their users want them: one that ended by itself is started again if it should be.
+
+Whether and when is in `restart_policy`; this waits, looks once more, and begins the start.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from oscloudd.cloud.events import Events
+from oscloudd.cloud.jobs import Order, running_jobs
+from oscloudd.cloud.operations import Operations
+from oscloudd.cloud.restart_policy import Restarts, should_restart
+from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
+from oscloudd.cloud.vm_power import VmPower
+from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.vm_states import VmStates
+from oscloudd.errors import CloudError
+
+_log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Revives vms; `close` ends what waits for its time, and the next start looks anew."""
+
+    def __init__(
+        self, states: VmStates, operations: Operations, power: VmPower, events: Events
+    ) -> None:
+        self._states = states
+        self._operations = operations
+        self._power = power
+        self._events = events
+        self._restarts: dict[int, Restarts] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._asked: set[int] = set()
+
+    def consider(self, vm_id: int) -> None:
+        """Look whether a vm that is down should run, and see to it; returns at once."""
+        self._asked.add(vm_id)
+        if vm_id not in self._tasks:
+            self._tasks[vm_id] = asyncio.create_task(
+                self._attend(vm_id), name=f"vm {vm_id} restart"
+            )
+
+    async def close(self) -> None:
+        """Start nothing any more."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _attend(self, vm_id: int) -> None:
+        try:
+            # A vm may end again while we are busy with its last end.
+            while vm_id in self._asked:
+                self._asked.discard(vm_id)
+                await self._revive(vm_id)
+        finally:
+            del self._tasks[vm_id]
+
+    async def _revive(self, vm_id: int) -> None:
+        vm = await self._states.find(vm_id)
+        if vm is None:
+            self._restarts.pop(vm_id, None)
+        while vm is not None and _should_run(vm):
+            restarts = self._restarts.setdefault(vm_id, Restarts())
+            restarts.ended(time.monotonic())
+            delay = restarts.delay_seconds(time.monotonic())
+            _log.info("vm %d (%s) is %s: started again in %.1f s", vm_id, vm.name, vm.state, delay)
+            await asyncio.sleep(delay)
+            restarts.started(time.monotonic())
+            if await self._start(vm):
+                return
+            vm = await self._states.find(vm_id)
+
+    async def _start(self, vm: VmRecord) -> bool:
+        """Start it unless that is no longer wanted; False when it failed."""
+        try:
+            begun = await self._operations.begin("vm_start", vm.id, Order(0), self._decide)
+            if begun is not None:
+                await asyncio.shield(begun[1])
+        except CloudError as error:
+            message = f"it could not be started again: {error.message}"
+            _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
+            await self._events.warn(vm.name, message, vm_id=vm.id)
+            return False
+        return True
+
+    def _decide(self, vm: VmRecord) -> dict[str, Any] | None:
+        # One whose making failed is about to be removed.
+        if not _should_run(vm) or any(job.vm_id == vm.id for job in running_jobs()):
+            return None
+        return self._power.decide_start(vm) | {"revive": True}
+
+
+def _should_run(vm: VmRecord) -> bool:
+    return vm.state in DOWN_STATES and should_restart(
+        vm.restart,
+        wanted_running=vm.wanted_state == WantedState.RUNNING,
+        failed=vm.state in (VmState.CRASHED, VmState.ERROR),
+    )

@@ -1,0 +1,203 @@
+"""What is done to a vm as a whole, as lists of steps, and the engine that runs them.
+
+An operation's job row says how many steps are done and which is next, written before that one
+begins; a daemon that dies leaves the row, and the next one goes on from there. One operation at a
+time holds a vm. A step added to a list here is journalled, shown and killed in tests like the rest.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from oscloudd.cloud.jobs import Job, Jobs, Order, insert_job, taken_up_again
+from oscloudd.cloud.vm_records import VmRecord, read_vm
+from oscloudd.cloud.vm_steps import VmSteps
+from oscloudd.errors import HostError
+from oscloudd.store.database import Database
+from oscloudd.store.models import Job as JobRow
+
+_log = logging.getLogger(__name__)
+
+# A job that this many daemons have died in is perhaps why they died.
+MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its name is the stage users see.
+
+    `cancellable`: `job_cancel` may cut it short. `holds_vm`: nothing else is done to the vm
+    meanwhile; once a step gives the vm free, those after it do, too.
+    """
+
+    do: Callable[[VmSteps, Job], Awaitable[None]]
+    says: str
+    cancellable: bool = False
+    holds_vm: bool = True
+
+    @property
+    def name(self) -> str:
+        """The stage users see."""
+        return self.do.__name__
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Steps in their order, and what is done when one fails or is cancelled."""
+
+    steps: tuple[Step, ...]
+    undo: Callable[[VmSteps, Job, BaseException], Awaitable[None]]
+
+
+async def _leave(_steps: VmSteps, _job: Job, _error: BaseException) -> None:
+    pass
+
+
+_DISK = Step(VmSteps.disk, "making a disk", cancellable=True)
+_SEED = Step(VmSteps.seed, "writing what the guest is told", cancellable=True)
+_NETWORK = Step(VmSteps.network, "bringing up its network")
+_STARTING = Step(VmSteps.starting, "starting qemu")
+_RUNNING = Step(VmSteps.running, "letting the guest run")
+_BOOTING = Step(VmSteps.booting, "waiting for the guest", cancellable=True, holds_vm=False)
+_STOPPING = Step(VmSteps.stopping, "powering off", cancellable=True)
+_STOPPED = Step(VmSteps.stopped, "clearing up")
+_BETWEEN = Step(VmSteps.between, "clearing up")
+_FILES = Step(VmSteps.files, "removing disk and logs")
+_ROWS = Step(VmSteps.rows, "forgetting it")
+_NAME = Step(VmSteps.name, "renaming")
+
+OPERATIONS: dict[str, Operation] = {
+    "vm_create": Operation(
+        (_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _BOOTING), VmSteps.undo_create
+    ),
+    "vm_start": Operation((_NETWORK, _STARTING, _RUNNING), VmSteps.undo_start),
+    "vm_stop": Operation((_STOPPING, _STOPPED), VmSteps.undo_stop),
+    "vm_restart": Operation(
+        (_STOPPING, _BETWEEN, _NETWORK, _STARTING, _RUNNING), VmSteps.undo_stop
+    ),
+    "vm_delete": Operation((_STOPPING, _FILES, _ROWS), VmSteps.undo_delete),
+    "vm_rename": Operation((_NAME,), _leave),
+}
+
+
+def count_steps(kind: str) -> int:
+    """Give how many steps a kind of job has; one for those that are no operation on a vm."""
+    return len(OPERATIONS[kind].steps) if kind in OPERATIONS else 1
+
+
+# Decides, inside the transaction that reads the vm, whether and with which parameters; None where
+# nothing is to be done. Raises InvalidStateError and others.
+Decide = Callable[[VmRecord], dict[str, Any] | None]
+
+
+class Operations:
+    """Begins operations, one at a time for each vm, and takes up those a dead daemon has left."""
+
+    def __init__(self, database: Database, jobs: Jobs, steps: VmSteps) -> None:
+        self._database = database
+        self._jobs = jobs
+        self._steps = steps
+        self._locks: dict[int, asyncio.Lock] = {}
+
+    def lock(self, vm_id: int) -> asyncio.Lock:
+        """Give the lock that whoever does something to this vm holds."""
+        return self._locks.setdefault(vm_id, asyncio.Lock())
+
+    async def begin(
+        self, kind: str, vm_id: int, order: Order, decide: Decide
+    ) -> "tuple[Job, asyncio.Task[None]] | None":
+        """Wait for the vm's turn, decide and write the job in one transaction, and begin.
+
+        Gives None when `decide` found nothing to do.
+        """
+        lock = self.lock(vm_id)
+        await lock.acquire()
+        try:
+            row = await self._database.run(lambda: self._insert(kind, vm_id, order, decide))
+        except BaseException:
+            lock.release()
+            raise
+        if row is None:
+            lock.release()
+            return None
+        return self._begin(row, order, lock)
+
+    def _insert(self, kind: str, vm_id: int, order: Order, decide: Decide) -> JobRow | None:
+        vm = read_vm(vm_id)
+        params = decide(vm)
+        if params is None:
+            return None
+        stage, name = OPERATIONS[kind].steps[0].name, read_vm(vm_id).name
+        return insert_job(kind, name, order.owner_uid, stage=stage, vm_id=vm.id, params=params)
+
+    async def begin_made(self, row: JobRow, order: Order) -> "tuple[Job, asyncio.Task[None]]":
+        """Begin the job of a vm that was made in the same transaction."""
+        lock = self.lock(row.vm_id)
+        await lock.acquire()
+        return self._begin(row, order, lock)
+
+    def holds_vm(self, row: JobRow) -> bool:
+        """Tell whether the step a job is at holds its vm."""
+        steps = OPERATIONS[row.kind].steps
+        step = int(row.step)
+        return step >= len(steps) or steps[step].holds_vm
+
+    async def resume(
+        self, row: JobRow, lock: asyncio.Lock, *, is_held: bool = True
+    ) -> "asyncio.Task[None]":
+        """Go on with a job of a daemon that died.
+
+        With `is_held` the caller has `lock`, and gives it away.
+        """
+        await self._database.run_when_available(lambda: taken_up_again(row))
+        job = self._jobs.take(row)
+        names = [step.name for step in OPERATIONS[job.kind].steps]
+        _log.info("job %d (%s %s) goes on at %s", job.id, job.kind, job.target, names[job.step :])
+        return self._jobs.run(job, self._carry_out(job, lock, held=is_held))
+
+    def _begin(
+        self, row: JobRow, order: Order, lock: asyncio.Lock
+    ) -> "tuple[Job, asyncio.Task[None]]":
+        job = self._jobs.take(row, order.listener)
+        return job, self._jobs.run(job, self._carry_out(job, lock))
+
+    async def _carry_out(self, job: Job, lock: asyncio.Lock, *, held: bool = True) -> None:
+        try:
+            for step in OPERATIONS[job.kind].steps[job.step :]:
+                if held and not step.holds_vm:
+                    lock.release()
+                    held = False
+                await self._do(job, step)
+        except asyncio.CancelledError:
+            raise  # the daemon stops, and the next one goes on
+        except BaseException as error:
+            if not held:
+                await lock.acquire()
+                held = True
+            await OPERATIONS[job.kind].undo(self._steps, job, error)
+            raise
+        finally:
+            if held:
+                lock.release()
+            if job.kind == "vm_delete" and not lock.locked():
+                self._locks.pop(job.vm_id, None)
+
+    async def _do(self, job: Job, step: Step) -> None:
+        steps = OPERATIONS[job.kind].steps
+        if job.attempts > MAX_ATTEMPTS:
+            raise HostError(f"given up: {job.attempts - 1} daemons ended in step {step.name}")
+        job.cancellable = any(each.cancellable for each in steps[job.step :])
+        job.report(step.name, step.says)
+        if step.cancellable:
+            await job.interruptible(step.do(self._steps, job))
+        else:
+            await step.do(self._steps, job)
+        await self.step_done(job, job.step + 1, step.name)
+
+    async def step_done(self, job: Job, number: int, name: str) -> None:
+        """Write down that step `number`, counted from 1, is done."""
+        steps = OPERATIONS[job.kind].steps
+        following = steps[number].name if number < len(steps) else name
+        await self._jobs.step_done(job, number, following)

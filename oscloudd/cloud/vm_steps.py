@@ -1,0 +1,229 @@
+"""The steps that what is done to a vm is made of: each may be run again after a daemon died in it.
+
+Every step looks the vm up anew and does what is still missing. In which order they come is in
+`operations`; what begins an operation, and when it is refused, in `vm_create` and `vm_power`.
+"""
+
+import asyncio
+from contextlib import suppress
+
+import msgspec
+
+from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.states import VmState, WantedState
+from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.templates import Templates
+from oscloudd.cloud.vm_paths import VmPaths, vm_paths
+from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
+from oscloudd.config import Config
+from oscloudd.errors import CloudError, NotFoundError
+from oscloudd.guest.identity import GuestIdentity
+from oscloudd.guest.seed import build_seed_files, write_seed
+from oscloudd.host.images import create_overlay, durable
+from oscloudd.host.processes import find_processes_in, open_process
+from oscloudd.host.sessions import end_session
+from oscloudd.machine.console_log import read_log_tail
+from oscloudd.machine.run_directory import RunDirectory
+from oscloudd.store.models import Disk, Vm
+
+_CONSOLE_LINES = 15
+
+
+class VmSteps:
+    """What can be done to a vm, piece by piece; a job says to which, and with which parameters."""
+
+    def __init__(
+        self, config: Config, states: VmStates, templates: Templates, supervisor: Supervisor
+    ) -> None:
+        self._config = config
+        self._states = states
+        self._templates = templates
+        self._supervisor = supervisor
+        # Making disks and starting qemus is what loads the host; more of it wait for their turn.
+        self._slots = asyncio.Semaphore(config.limits.max_parallel_starts)
+
+    # Making and starting
+
+    async def disk(self, job: Job) -> None:
+        """Make the vm's disk, an overlay on its template."""
+        vm = await self._get(job)
+        template = self._templates.get_ready(vm.template)
+        paths = self._paths(vm)
+        async with self._slots:
+            for directory in (paths.disk_directory, paths.qemu_log.parent):
+                directory.mkdir(parents=True, exist_ok=True)
+            image_format = template.declaration.image.format
+            await create_overlay(paths.disk, template.image, image_format, vm.disk_size)
+
+    async def seed(self, job: Job) -> None:
+        """Write the NoCloud seed, for images that have cloud-init."""
+        vm = await self._get(job)
+        if "identity" in job.params:
+            identity = msgspec.convert(job.params["identity"], GuestIdentity)
+            files = build_seed_files(identity, vm.uuid, job.params["user_data"])
+            seed = self._paths(vm).seed
+            await asyncio.to_thread(write_seed, seed, files)
+            await asyncio.to_thread(durable, seed)
+
+    async def network(self, job: Job) -> None:
+        """Have the vm's network in place."""
+        await self._supervisor.bring_up_network(await self._get(job))
+
+    async def starting(self, job: Job) -> None:
+        """Start qemu, standing still."""
+        vm = await self._get(job)
+        if self._supervisor.find(vm.id) is None:
+            if job.is_resumed:
+                await self.end_stray(vm)
+            async with self._slots:
+                await self._supervisor.spawn(vm)
+
+    async def running(self, job: Job) -> None:
+        """Let the guest run."""
+        await self._supervisor.let_run(await self._get(job))
+
+    async def booting(self, job: Job) -> None:
+        """Wait until the guest has its identity and can be logged into."""
+        vm = await self._get(job)
+        await self._supervisor.settled(vm.id, job.report)
+        job.report("done", f"{vm.name} is ready at {vm.ip}", 1.0)
+
+    # Ending
+
+    async def stopping(self, job: Job) -> None:
+        """Power the vm off: by its button, then harder; at once with `force`."""
+        qemu = self._supervisor.find(job.vm_id)
+        # Taken up again, a restart may find its new qemu: only the one it began with is meant.
+        if qemu is not None and job.params.get("pid") in (None, qemu.identity.pid):
+            await qemu.stop(timeout_seconds=job.params["timeout"], force=job.params["force"])
+
+    async def stopped(self, job: Job) -> None:
+        """Write down that the vm is off."""
+        await self._release(job)
+        await self._states.see(job.vm_id, VmState.STOPPED, "stopped by the user")
+
+    async def between(self, job: Job) -> None:
+        """Write down that the vm is off, to be on again."""
+        await self._release(job)
+        await self._states.see(job.vm_id, VmState.STARTING)
+
+    async def files(self, job: Job) -> None:
+        """Remove everything of the vm that is not in the database."""
+        vm = await self._states.find(job.vm_id)
+        if vm is not None:
+            await self._release(job)
+            await asyncio.to_thread(self._paths(vm).remove)
+            self._supervisor.forget_neighbour(vm)
+
+    async def rows(self, job: Job) -> None:
+        """Remove the vm from the database."""
+        await self.forget(job.vm_id)
+
+    async def name(self, job: Job) -> None:
+        """Nothing is outside the database that has the vm's name."""
+
+    # When it does not come to its end
+
+    async def undo_create(self, job: Job, error: BaseException) -> None:
+        """Remove a vm that could not be made, unless its creator was told that there is one."""
+        vm = await self._states.find(job.vm_id)
+        if vm is None or vm.wanted_state != WantedState.RUNNING:
+            return  # its user has stopped or deleted it meanwhile, and that stands
+        await self._explain(vm, error)
+        if job.params["wait"] != "started" or vm.state == VmState.CREATING or job.cancel_requested:
+            await self.demolish(vm)
+        else:
+            self._supervisor.on_ended(vm.id)
+
+    async def undo_start(self, job: Job, error: BaseException) -> None:
+        """Leave the vm down, and say why; it stays wanted only where a policy will try again."""
+        wanted = WantedState.RUNNING if job.params.get("revive") else WantedState.STOPPED
+        reason = error.message if isinstance(error, CloudError) else "something unexpected happened"
+        vm = await self._states.find(job.vm_id)
+        if vm is not None and self._supervisor.find(vm.id) is not None:
+            await self._supervisor.refresh(vm)
+        else:
+            await self._states.see(job.vm_id, VmState.ERROR, reason, wanted=wanted)
+            self._supervisor.on_ended(job.vm_id)
+
+    async def undo_stop(self, job: Job, error: BaseException) -> None:
+        """Say what the vm is in after all; a cancelled stop leaves it wanted as it was."""
+        vm = await self._states.find(job.vm_id)
+        if vm is None:
+            return
+        if vm.state == VmState.STARTING:  # a restart that could not start
+            await self.undo_start(job, error)
+            return
+        wanted = WantedState(job.params["wanted"])
+        await self._states.change(
+            lambda: write_state(vm.id, VmState(vm.state), vm.reason, wanted=wanted)
+        )
+        await self._supervisor.refresh(vm)
+
+    async def undo_delete(self, job: Job, error: BaseException) -> None:
+        """Keep a vm whose guest would not stop; one whose files are going stays DELETING."""
+        if job.step == 0:
+            await self.undo_stop(job, error)
+
+    # Shared
+
+    async def demolish(self, vm: VmRecord) -> None:
+        """Remove everything there is of a vm, its rows last; may be called again at any point."""
+        await self._states.see(vm.id, VmState.DELETING)
+        qemu = self._supervisor.find(vm.id)
+        if qemu is not None:
+            await qemu.stop(force=True)
+        await self._supervisor.released(vm.id)
+        await self.end_stray(vm)
+        await asyncio.to_thread(self._paths(vm).remove)
+        self._supervisor.forget_neighbour(vm)
+        await self.forget(vm.id)
+
+    async def forget(self, vm_id: int) -> None:
+        """Remove a vm's rows and say that it is gone."""
+        await self._states.change(lambda: _forget(vm_id))
+
+    async def _release(self, job: Job) -> None:
+        """See the end of the vm's qemu, one that nobody has written down included."""
+        await self._supervisor.released(job.vm_id)
+        vm = await self._states.find(job.vm_id)
+        if vm is not None and self._supervisor.find(vm.id) is None:
+            await self.end_stray(vm)
+
+    async def end_stray(self, vm: VmRecord) -> None:
+        """Kill a qemu an earlier daemon started and did not write down; clear its directory.
+
+        Its working directory, the vm's own run directory, is the proof that it is ours.
+        """
+        directory = self._paths(vm).run_directory
+        if directory.exists():
+            for identity in await asyncio.to_thread(find_processes_in, directory):
+                with suppress(NotFoundError):
+                    await end_session(open_process(identity))
+            await asyncio.to_thread(RunDirectory(directory).remove)
+
+    async def _explain(self, vm: VmRecord, error: BaseException) -> None:
+        """Put the guest's last words into the error before they are removed."""
+        if isinstance(error, CloudError):
+            tail = await asyncio.to_thread(read_log_tail, self._paths(vm).console_log)
+            lines = tail.decode("utf-8", "replace").splitlines()[-_CONSOLE_LINES:]
+            error.details.setdefault("console", "\n".join(lines))
+
+    async def _get(self, job: Job) -> VmRecord:
+        vm = await self._states.find(job.vm_id)
+        if vm is None:
+            raise NotFoundError(f"vm {job.target!r} was deleted meanwhile", object="vm")
+        return vm
+
+    def _paths(self, vm: VmRecord) -> VmPaths:
+        return vm_paths(self._config, vm.id, vm.disk_id)
+
+
+def _forget(vm_id: int) -> None:
+    row = Vm.select(Vm.name, Vm.disk).where(Vm.id == vm_id).tuples().first()
+    if row is not None:
+        name, disk_id = row
+        write_gone(vm_id, name)
+        Vm.delete().where(Vm.id == vm_id).execute()
+        Disk.delete().where(Disk.id == disk_id).execute()
