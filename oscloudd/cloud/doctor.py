@@ -5,6 +5,7 @@ from typing import Literal
 
 import msgspec
 
+from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.templates import Templates
 from oscloudd.config import Config
@@ -47,12 +48,14 @@ class Doctor:
         templates: Templates,
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
+        leftovers: Leftovers | None = None,
     ) -> None:
         self._config = config
         self._networks = networks
         self._templates = templates
         self._user = user
         self._accelerator = accelerator
+        self._leftovers = leftovers
 
     async def examine(self) -> Report:
         """Look at everything; a check that fails is a row, never an error."""
@@ -64,6 +67,7 @@ class Doctor:
             "disk": self._look_at_disk,
             "memory": self._look_at_memory,
             "templates": self._look_at_templates,
+            "leftovers": self._look_at_leftovers,
         }
         checks = []
         for name, look in looks.items():
@@ -128,3 +132,13 @@ class Doctor:
         if not ready:
             return "warning", "none is made yet", "oscloudctl template-build debian_12"
         return "ok", f"ready: {', '.join(ready)}", ""
+
+    async def _look_at_leftovers(self) -> tuple[Verdict, str, str]:
+        strangers = [] if self._leftovers is None else await self._leftovers.look()
+        if not strangers:
+            return "ok", "everything here is in the database", ""
+        return (
+            "warning",
+            "; ".join(f"{stranger.name} ({', '.join(stranger.parts)})" for stranger in strangers),
+            "; ".join(dict.fromkeys(stranger.why for stranger in strangers)),
+        )

@@ -17,7 +17,12 @@ from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
 from oscloudd.config import Config
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import GuestNetwork, apply_ruleset, ensure_forwarding
+from oscloudd.host.network.firewall import (
+    GuestNetwork,
+    apply_ruleset,
+    ensure_forwarding,
+    find_ruleset_bridges,
+)
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database
@@ -87,6 +92,11 @@ def _record(row: Network) -> NetworkRecord:
     )
 
 
+def _read_guest_networks() -> list[GuestNetwork]:
+    records = [_record(row) for row in Network.select()]
+    return [GuestNetwork(record.bridge, record.subnet) for record in records]
+
+
 class Networks:
     """All networks of this cloud and their bridges on this host."""
 
@@ -129,13 +139,18 @@ class Networks:
             await ensure_bridge(bridge)
             if network.id not in self._known_up:
                 await asyncio.to_thread(ensure_forwarding)
-                records = await self._database.run(
-                    lambda: [_record(row) for row in Network.select()]
-                )
-                await apply_ruleset(
-                    [GuestNetwork(record.bridge, record.subnet) for record in records]
-                )
+                await apply_ruleset(await self._database.run(_read_guest_networks))
                 self._known_up.add(network.id)
+
+    async def forget_gone(self) -> list[str]:
+        """Take networks that have no row out of the firewall, and give their bridges."""
+        async with self._host:
+            there = await find_ruleset_bridges()
+            networks = await self._database.run(_read_guest_networks)
+            gone = (there or set()) - {network.bridge for network in networks}
+            if gone:
+                await apply_ruleset(networks)
+            return sorted(gone)
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
         """Give the name servers its guests are told."""
