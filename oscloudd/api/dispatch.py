@@ -15,6 +15,7 @@ from jsonrpcserver import Error, Result, Success
 from jsonrpcserver.async_main import dispatch_to_serializable
 
 from oscloudd.api.caller import Caller
+from oscloudd.api.event_stream import EventStream
 from oscloudd.api.methods import METHODS, Method
 from oscloudd.api.params import convert_params
 from oscloudd.cloud.cloud import Cloud
@@ -34,6 +35,7 @@ class Dispatcher:
     """Answers requests for one cloud."""
 
     def __init__(self, cloud: Cloud) -> None:
+        self.event_stream = EventStream(cloud.events)
         self._methods = {name: _bind(name, method, cloud) for name, method in METHODS.items()}
 
     async def answer(self, request: bytes, caller: Caller) -> bytes | None:
@@ -52,9 +54,9 @@ class Dispatcher:
         return _encoder.encode(response)
 
 
-def error_answer(code: int, kind: str, message: str) -> bytes:
+def error_answer(failure: CloudError) -> bytes:
     """Give an error that answers no request in particular."""
-    error = {"code": code, "message": message, "data": {"kind": kind}}
+    error = {"code": failure.code, "message": failure.message, "data": failure.as_data()}
     return _encoder.encode({"jsonrpc": "2.0", "error": error, "id": None})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from oscloudd.api.caller import Caller
 from oscloudd.api.params import (
     DiskParams,
+    EventWatchParams,
     JobListParams,
     JobParams,
     JobWaitParams,
@@ -29,6 +30,7 @@ from oscloudd.api.params import (
     check_job_id,
     check_limit,
     check_seconds,
+    check_since,
     check_wait_state,
 )
 from oscloudd.cloud.cloud import Cloud
@@ -104,9 +106,10 @@ async def _vm_set(cloud: Cloud, params: VmSetParams, _caller: Caller) -> object:
     return await cloud.vms.set(params.vm, autostart=params.autostart, restart=params.restart)
 
 
-async def _vm_wait(cloud: Cloud, params: VmWaitParams, _caller: Caller) -> object:
+async def _vm_wait(cloud: Cloud, params: VmWaitParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    return await cloud.vms.wait(params.vm, check_wait_state(params.state), seconds)
+    state = check_wait_state(params.state)
+    return await caller.unless_gone(cloud.vms.wait(params.vm, state, seconds))
 
 
 async def _vm_log(cloud: Cloud, params: VmLogParams, _caller: Caller) -> object:
@@ -150,11 +153,19 @@ async def _job_info(cloud: Cloud, params: JobParams, _caller: Caller) -> object:
 
 async def _job_wait(cloud: Cloud, params: JobWaitParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    return await cloud.jobs.wait(check_job_id(params.job), seconds, caller.on_progress)
+    job_id = check_job_id(params.job)
+    return await caller.unless_gone(cloud.jobs.wait(job_id, seconds, caller.on_progress))
 
 
 async def _job_cancel(cloud: Cloud, params: JobParams, _caller: Caller) -> object:
     return await cloud.jobs.cancel(check_job_id(params.job))
+
+
+async def _event_watch(_cloud: Cloud, params: EventWatchParams, caller: Caller) -> object:
+    since, limit = check_since(params.since), check_limit(params.limit)
+    return await caller.event_stream.watch(
+        caller.connection, since, follow=params.follow, limit=limit
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -191,6 +202,7 @@ METHODS: dict[str, Method] = {
     "job_info": Method(JobParams, _job_info),
     "job_wait": Method(JobWaitParams, _job_wait),
     "job_cancel": Method(JobParams, _job_cancel),
+    "event_watch": Method(EventWatchParams, _event_watch),
 }
 
 

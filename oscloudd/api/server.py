@@ -11,24 +11,23 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit
 
 import msgspec
 
 from oscloudd.api.caller import Caller
+from oscloudd.api.connection import BadLineError, Commons, Connection, Limits
 from oscloudd.api.dispatch import Dispatcher, error_answer
-from oscloudd.cloud.jobs import Progress
-from oscloudd.errors import INVALID_REQUEST
-from oscloudd.host.processes import PeerCredentials, peer_pid
-from oscloudd.machine.console import carry
+from oscloudd.errors import UnavailableError
+from oscloudd.host.processes import PeerCredentials
+from oscloudd.machine.console import Attachment, carry
 
 _log = logging.getLogger(__name__)
 
-# A request holds a few keys and a user_data file; nothing honest comes near.
-LINE_LIMIT_BYTES = 1 << 20
 # asyncio's default of 100 refused 499 of 1000 connections made at once.
 _BACKLOG = 1024
 _STOP_SECONDS = 5.0
-_encoder = msgspec.json.Encoder()
+_DISCARD_SECONDS = 1.0
 
 
 def bind_socket(path: Path, group: str) -> socket.socket:
@@ -56,96 +55,101 @@ def bind_socket(path: Path, group: str) -> socket.socket:
 class Server:
     """Serves one dispatcher on one socket; `main` starts and stops it."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, limits: Limits | None = None) -> None:
         self._dispatcher = dispatcher
+        self._limits = limits or Limits()
+        self._most = self._limits.connections
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._open: set[Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_full = False
 
     async def start(self, listener: socket.socket) -> None:
         """Begin to take connections."""
-        self._server = await asyncio.start_unix_server(
-            self._serve, sock=listener, limit=LINE_LIMIT_BYTES, backlog=_BACKLOG
+        # The other half is for vms, which take about eight descriptors each.
+        self._most = min(self._limits.connections, getrlimit(RLIMIT_NOFILE)[0] // 2)
+        self._commons = Commons(self._limits)
+        self._server = await asyncio.get_running_loop().create_unix_server(
+            lambda: Connection(self._commons, self._begin, self._open.discard),
+            sock=listener,
+            backlog=_BACKLOG,
         )
 
     async def stop(self) -> None:
         """Take no more connections and end those there are."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._connections):
+        if self._server is None:
+            return
+        self._server.close()
+        for task in list(self._tasks):
             task.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_SECONDS):
-                await asyncio.gather(*self._connections, return_exceptions=True)
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in list(self._open):
+            connection.abort()
+        self._commons.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
+    def _begin(self, connection: Connection) -> None:
+        self._open.add(connection)
+        if is_full := len(self._open) > self._most:
+            full = UnavailableError(
+                f"{self._most} connections are open, which is all there may be",
+                hint="close some, or try again later",
+            )
+            connection.write_line(error_answer(full))
+            connection.close()
+        else:
+            task = asyncio.create_task(self._serve(connection), name="connection")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if is_full and not self._is_full:
+            _log.warning("%d connections are open: no more are taken", self._most)
+        self._is_full = is_full
+
+    async def _serve(self, connection: Connection) -> None:
         try:
-            credentials = peer_pid(writer.get_extra_info("socket"))
+            credentials = connection.credentials()
             _log.debug("connection of uid %d, pid %d", credentials.uid, credentials.pid)
-            await self._talk(reader, writer, credentials)
-        except (ConnectionError, asyncio.CancelledError):
-            return  # the client hung up, or stop() did
+            await self._talk(connection, credentials)
+        except (BadLineError, UnavailableError) as error:
+            connection.write_line(error_answer(error))
+            await connection.discard_input(_DISCARD_SECONDS)
+        except ConnectionError:
+            return  # the client hung up
         finally:
-            self._connections.discard(task)
-            writer.close()
+            connection.close()
 
-    async def _talk(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        credentials: PeerCredentials,
-    ) -> None:
-        while True:
-            try:
-                line = await reader.readuntil(b"\n")
-            except asyncio.IncompleteReadError:
-                return
-            except asyncio.LimitOverrunError:
-                message = f"the line is longer than {LINE_LIMIT_BYTES} bytes"
-                await _write(writer, error_answer(INVALID_REQUEST, "invalid_request", message))
-                await _drain_input(reader)
-                return
-            if line.strip() and not await self._answer(line, reader, writer, credentials):
-                return
+    async def _talk(self, connection: Connection, credentials: PeerCredentials) -> None:
+        while (line := await connection.read_line()) is not None:
+            if line.strip():
+                await self._answer(line, connection, credentials)
+                if connection.is_last_answer:
+                    return
+            # Lines that are answered at once would keep everybody else waiting.
+            await asyncio.sleep(0)
 
     async def _answer(
-        self,
-        line: bytes,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        credentials: PeerCredentials,
-    ) -> bool:
-        """Answer one request; False when the connection is used up."""
-
-        def tell(progress: Progress) -> None:
-            if not writer.is_closing():
-                notification = {"jsonrpc": "2.0", "method": "progress", "params": progress}
-                writer.write(_encoder.encode(notification) + b"\n")
-
-        caller = Caller(credentials, tell)
+        self, line: bytes, connection: Connection, credentials: PeerCredentials
+    ) -> None:
+        """Answer one request, and whatever it turns the connection into."""
+        caller = Caller(credentials, connection, self._dispatcher.event_stream)
         _log.info("uid %d pid %d: %.200r", credentials.uid, credentials.pid, _method_of(line))
         answer = await self._dispatcher.answer(line, caller)
         if answer is not None:
-            await _write(writer, answer)
-        if caller.attachment is None:
-            return True
-        await carry(caller.attachment, reader, writer)
-        return False
+            connection.write_line(answer)
+        if caller.attachment is not None:
+            connection.is_last_answer = True
+            await _carry_console(caller.attachment, connection)
+        elif not connection.is_last_answer:
+            await connection.flush()
 
 
-async def _write(writer: asyncio.StreamWriter, answer: bytes) -> None:
-    writer.write(answer + b"\n")
-    await writer.drain()
-
-
-async def _drain_input(reader: asyncio.StreamReader) -> None:
-    # Closing with input unread resets the connection, and the client would not see the answer.
-    with suppress(TimeoutError):
-        async with asyncio.timeout(1.0):
-            while await reader.read(LINE_LIMIT_BYTES):
-                pass
+async def _carry_console(attachment: Attachment, connection: Connection) -> None:
+    try:
+        reader, writer = await connection.become_streams()
+        await carry(attachment, reader, writer)
+    finally:
+        attachment.close()
 
 
 def _method_of(line: bytes) -> str:
