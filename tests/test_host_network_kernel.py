@@ -35,8 +35,10 @@ from oscloudd.host.network.links import (
     Links,
     Tap,
     find_tap_holders,
+    interface_names,
     list_links,
     list_permanent_neighbours,
+    permanent_addresses,
 )
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.routes import find_free_subnet
@@ -205,6 +207,8 @@ def test_what_is_there_is_found() -> None:
     assert links == Links(("oscloud0",), (Tap("tap0", False), Tap("tap1", True)))
     found = asyncio.run(list_permanent_neighbours(links.bridges))
     assert found == [("oscloud0", IPv4Address("192.168.0.2"))]
+    assert permanent_addresses("oscloud0") == permanent_addresses("foreign") == {"192.168.0.2"}
+    assert interface_names() == {"lo", "oscloud0", "foreign", "tap0", "tap1", "tun0"}
     with subprocess.Popen(["sleep", "1000"], pass_fds=[tap_fd]) as holder:
         os.close(tap_fd)
         try:

@@ -5,6 +5,7 @@ Only looks. What a bridge of ours is, `bridges.py` says; who a tap belongs to, t
 
 import json
 import os
+import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -13,6 +14,8 @@ from typing import Any
 
 from oscloudd.host.commands import run
 from oscloudd.host.network.bridges import ALIAS
+
+_ATF_PERM = 0x04  # linux/if_arp.h
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ async def list_permanent_neighbours(bridges: Collection[str]) -> list[tuple[str,
         for entry in listed
         if entry.get("dev") in bridges and "dst" in entry
     ]
+
+
+def interface_names() -> set[str]:
+    """Give the names of all interfaces, with one question to the kernel."""
+    return {name for _, name in socket.if_nameindex()}
+
+
+def permanent_addresses(interface: str) -> set[str]:
+    """Give the addresses of the permanent neighbours behind an interface, without running `ip`."""
+    lines = Path("/proc/thread-self/net/arp").read_text(encoding="ascii").splitlines()[1:]
+    entries = [line.split() for line in lines]  # address, kind, flags, hardware, mask, device
+    return {
+        entry[0] for entry in entries if entry[5] == interface and int(entry[2], 16) & _ATF_PERM
+    }
 
 
 def find_tap_holders(names: Collection[str]) -> dict[str, list[int]]:
