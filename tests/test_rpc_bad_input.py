@@ -119,6 +119,11 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     ("user_data", None),
     ("wait", "forever"),
     ("wait", 1),
+    ("autostart", True),
+    ("autostart", "Yes"),
+    ("autostart", None),
+    ("restart", "sometimes"),
+    ("restart", 3),
     ("unknown_parameter", 1),
     ("Name", "web"),
 ]
@@ -210,7 +215,7 @@ def test_a_number_no_integer_can_hold_is_refused(box: Box) -> None:
 def test_more_memory_than_the_host_has_is_refused(box: Box, mem_size: int | str) -> None:
     error = refusal(box, "vm_create", **{**FINE, "mem_size": mem_size})
     assert (error.code, error.kind) == EXHAUSTED
-    assert "mem_size" in error.message
+    assert "memory" in error.message
     assert error.data["resource"] == "memory"
     assert error.data["available"] < error.data["wanted"]
     assert error.data["hint"]
@@ -295,6 +300,7 @@ BY_KEY: list[tuple[str, str, dict[str, Any]]] = [
     ("vm_resume", "vm", {}),
     ("vm_delete", "vm", {"force": True}),
     ("vm_rename", "vm", {"name": "other"}),
+    ("vm_set", "vm", {"autostart": "no"}),
     ("vm_wait", "vm", {"timeout": 1}),
     ("vm_log", "vm", {}),
     ("vm_console", "vm", {}),
@@ -331,8 +337,16 @@ BAD_CALLS: list[tuple[str, dict[str, Any]]] = [
     *(("vm_log", {"source": value}) for value in ("", "../../etc/passwd", 7, None)),
     *(("vm_qemu_command", {"command": value}) for value in (None, 7, [])),
     *(("vm_qemu_command", {"command": "stop", "arguments": value}) for value in ([], 7, "a=b")),
+    *(("vm_set", {"autostart": value}) for value in (True, "", "sometimes", 1, [])),
+    *(("vm_set", {"restart": value}) for value in (False, "", "yes", "a" * 9999, {})),
+    *(
+        (method, {"wait": value})
+        for method in ("vm_start", "vm_stop", "vm_restart", "vm_delete")
+        for value in (1, "no", None, [])
+    ),
     ("vm_qemu_command", {}),
     ("vm_rename", {}),
+    ("vm_set", {}),
     ("vm_info", {"force": True}),
 ]
 
@@ -364,6 +378,63 @@ def test_a_method_without_parameters_takes_none(box: Box, method: str) -> None:
     error = refusal(box, method, vm="web")
     assert (error.code, error.kind) == INVALID
     assert "vm" in error.message
+
+
+# Jobs and events
+
+JOB_METHODS = ("job_info", "job_wait", "job_cancel")
+
+
+@pytest.mark.parametrize("method", JOB_METHODS)
+def test_a_job_there_is_not_is_not_found(box: Box, method: str) -> None:
+    for job in (999_999, 1 << 62, (1 << 63) - 1):
+        error = refusal(box, method, job=job)
+        assert (error.code, error.kind) == NOT_FOUND, job
+        assert "job-list" in error.data["hint"]
+
+
+@pytest.mark.parametrize("method", JOB_METHODS)
+def test_what_can_be_no_jobs_number_is_refused(box: Box, method: str) -> None:
+    for job in (0, -1, 1 << 63, 1 << 64, 10**40, "1", "", None, True, 1.5, [], {}):
+        error = refusal(box, method, job=job)
+        assert (error.code, error.kind) == INVALID, job
+        assert "job" in error.message
+    assert "job" in refusal(box, method).message
+    assert refusal(box, method, job=1, vm="web").kind == "invalid_argument"
+
+
+def test_a_job_that_has_ended_can_not_be_cancelled(box: Box) -> None:
+    box.create("other")
+    box.call("vm_delete", vm="other", force=True)
+    job = box.call("job_wait", job=box.call("job_list", limit=1)[0]["id"])
+    error = refusal(box, "job_cancel", job=job["id"])
+    assert (error.code, error.kind) == (5, "invalid_state")
+    assert "DONE" in error.message
+
+
+BAD_LISTS: list[tuple[str, dict[str, Any]]] = [
+    *(("job_list", {"limit": value}) for value in (0, -1, 10_001, 1 << 64, "9", None, True, 1.5)),
+    *(("job_wait", {"job": 1, "timeout": value}) for value in (-1, 86401, "1", None, True)),
+    *(("event_watch", {"limit": value}) for value in (0, -1, 10_001, "9", None, True)),
+    *(("event_watch", {"since": value}) for value in (-1, 1 << 63, 10**40, "9", True, 1.5, [])),
+    *(("event_watch", {"follow": value}) for value in (None, 1, "yes")),
+]
+
+
+@pytest.mark.parametrize(("method", "params"), BAD_LISTS, ids=named)
+def test_a_parameter_of_a_list_out_of_range_is_refused(
+    box: Box, method: str, params: dict[str, Any]
+) -> None:
+    error = refusal(box, method, **params)
+    assert (error.code, error.kind) == INVALID
+    assert list(params)[-1] in error.message
+
+
+@pytest.mark.parametrize("method", ["template_build", "template_download"])
+def test_waiting_for_a_template_is_a_yes_or_no(box: Box, method: str) -> None:
+    error = refusal(box, method, template=IMAGE, wait="no")
+    assert (error.code, error.kind) == INVALID
+    assert "wait" in error.message
 
 
 # The lines themselves

@@ -13,6 +13,7 @@ Restart = Literal["no", "on-failure", "always"]
 _STATES = ("ready", "RUNNING", "STOPPED", "PAUSED", "CRASHED", "UNRESPONSIVE", "ERROR")
 # An answer of ten thousand jobs has about 3 MiB.
 _MAX_LIMIT = 10_000
+_MAX_REASON_LENGTH = 240
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,8 +150,12 @@ def convert_params(method: str, values: dict[str, Any], shape: type[Params]) -> 
         return msgspec.convert(values, shape)
     except (msgspec.ValidationError, RecursionError) as error:
         names = ", ".join(field.name for field in msgspec.structs.fields(shape)) or "none"
+        why = str(error).replace("`$.", "`").replace("Object ", "it ")
+        if len(why) > _MAX_REASON_LENGTH:
+            # It quotes the value, and says at its end which parameter has it.
+            why = f"{why[: _MAX_REASON_LENGTH // 2]} … {why[-_MAX_REASON_LENGTH // 2 :]}"
         raise InvalidArgumentError(
-            f"{method}: {error}".replace("`$.", "`").replace("Object ", "it "),
+            f"{method}: {why}",
             hint=f"its parameters are: {names}",
         ) from error
 
