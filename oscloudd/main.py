@@ -5,6 +5,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ from oscloudd.store.database import Database
 
 _log = logging.getLogger("oscloudd")
 
+# 4,000 connections and some 5,000 vms.
+_MAX_DESCRIPTORS = 65536
+
 
 def main() -> None:
     """Run the daemon until SIGTERM or SIGINT; exit with the code of the error that stopped it."""
@@ -28,6 +32,7 @@ def main() -> None:
         level=logging.DEBUG if arguments.debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    _raise_descriptor_limit()
     try:
         config = load_config(arguments.config)
         with _Lock(config.runtime_path):
@@ -35,6 +40,19 @@ def main() -> None:
     except CloudError as error:
         _log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
         sys.exit(error.exit_status)
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as we may have, within reason.
+
+    A service gets a soft limit of 1024 for the sake of select(2), which neither we nor qemu use,
+    and systemd a hard one of 524288 or more. Children inherit it, and some programs close every
+    descriptor there might be, one by one: hence the bound.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _parse_arguments() -> argparse.Namespace:
