@@ -62,9 +62,12 @@ async def list_permanent_neighbours(bridges: Collection[str]) -> list[tuple[str,
     ]
 
 
-def interface_names() -> set[str]:
-    """Give the names of all interfaces, with one question to the kernel."""
-    return {name for _, name in socket.if_nameindex()}
+def numbers_in_use(prefix: str) -> set[int]:
+    """Give the numbers of all interfaces called `prefix` and a number, asking the kernel once."""
+    rests = (
+        name.removeprefix(prefix) for _, name in socket.if_nameindex() if name.startswith(prefix)
+    )
+    return {int(rest) for rest in rests if rest.isascii() and rest.isdigit()}
 
 
 def permanent_addresses(interface: str) -> set[str]:
