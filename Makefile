@@ -53,3 +53,13 @@ lint: ## Check style, format and types
 bench: ## Measure against a bare qemu, side by side
 	@$(CHECKOUT)/install --test
 	.venv/bin/python tests/bench $(ARGS)
+
+.PHONY: kills
+kills: ## Kill the daemon 1,000 times with a fake qemu, 30 with real guests  [ARGS="--seed 7"]
+	@$(CHECKOUT)/install --test
+	.venv/bin/python tests/cloud_model.py $(ARGS)
+
+.PHONY: soak
+soak: ## Make and remove vms for half an hour; look what leaks  [ARGS="--minutes 5"]
+	@$(CHECKOUT)/install --test
+	.venv/bin/python tests/soak $(ARGS)

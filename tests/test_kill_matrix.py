@@ -1,0 +1,222 @@
+"""The daemon killed at every step, every transaction and every process start of every operation.
+
+Whatever it was killed in, the next daemon finishes it or undoes it, and nothing else remains. Steps
+come from the program's own table: a new one is killed here without a line being written.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cloud_model import Question, check_accounted, settle, tail
+from daemon_zygote import ZygoteBox
+from dying_daemon import Death
+
+from oscloudd.cloud.operations import OPERATIONS
+
+ADDRESS, OTHER_ADDRESS = "192.168.7.7", "192.168.7.8"
+# More than any operation has of anything; beyond it, counting does not work.
+MOST = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on the vm `web`: what is asked, of which vm, and which outcomes there are.
+
+    `is_finished` and `is_undone` judge the vms there are by name, the bystander left out, against
+    `web` as it was before.
+    """
+
+    method: str
+    params: dict[str, Any]
+    before: str | None
+    is_finished: Callable[[dict[str, Any], dict[str, Any]], bool]
+    is_undone: Callable[[dict[str, Any], dict[str, Any]], bool]
+
+
+def is_same(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return [vm["uuid"] for vm in now.values()] == [was["uuid"]]
+
+
+def unchanged(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    keys = ("id", "name", "state", "wanted_state", "pid", "ip", "disk")
+    return is_same(now, was) and [now["web"][key] for key in keys] == [was[key] for key in keys]
+
+
+def gone(now: dict[str, Any], _was: dict[str, Any]) -> bool:
+    return now == {}
+
+
+def runs(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    if "web" not in now:
+        return False
+    web = now["web"]
+    return web["state"] == web["wanted_state"] == "RUNNING" and web["pid"] != was.get("pid")
+
+
+def is_off(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    web = now["web"]
+    told = "stopped by the user" in web["reason"]
+    return is_same(now, was) and web["state"] == web["wanted_state"] == "STOPPED" and told
+
+
+def has_new_name(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return list(now) == ["blog"] and now["blog"]["pid"] == was["pid"] and is_same(now, was)
+
+
+CREATION = {
+    "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
+}  # fmt: skip
+CASES = {
+    "vm_create": Case("vm_create", CREATION, None, runs, gone),
+    "vm_start": Case("vm_start", {"vm": "web"}, "STOPPED", runs, unchanged),
+    "vm_stop": Case("vm_stop", {"vm": "web"}, "RUNNING", is_off, unchanged),
+    "vm_delete": Case("vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged),
+    "vm_rename": Case(
+        "vm_rename", {"vm": "web", "name": "blog"}, "RUNNING", has_new_name, unchanged
+    ),
+    "vm_restart": Case("vm_restart", {"vm": "web"}, "RUNNING", runs, unchanged),
+}
+STEPS = [
+    Death("step", number, when, kind)
+    for kind, operation in OPERATIONS.items()
+    for number in range(1, len(operation.steps) + 1)
+    for when in ("before", "after")
+]
+
+
+def name_step(death: Death) -> str:
+    step = OPERATIONS[death.kind].steps[death.number - 1].name
+    return f"{death.kind}-{death.when}-{step}-is-written"
+
+
+class Bench:
+    """A cloud to kill daemons in; given a new one after a test that failed in it."""
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+        self._stack = contextlib.ExitStack()
+        self.box: ZygoteBox | None = None
+        self.bystander: dict[str, Any] = {}
+
+    def open(self) -> ZygoteBox:
+        if self.box is None:
+            self.box = ZygoteBox(self._binary)
+            self.box.start()
+            for address in (ADDRESS, OTHER_ADDRESS):
+                self._stack.enter_context(self.box.sshd_at(address))
+            self.bystander = self.box.create("shop", ip=OTHER_ADDRESS, wait="ready")
+        return self.box
+
+    def discard(self) -> None:
+        if self.box is not None:
+            self._stack.close()
+            self.box.discard()
+            self.box = None
+
+    def close(self) -> None:
+        if self.box is not None:
+            self._stack.close()
+            self.box.close()
+
+
+@pytest.fixture(scope="module")
+def bench(fake_qemu_binary: Path) -> Iterator[Bench]:
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    bench = Bench(fake_qemu_binary)
+    yield bench
+    bench.close()
+
+
+def others(box: ZygoteBox) -> dict[str, Any]:
+    return {vm["name"]: vm for vm in box.call("vm_list") if vm["name"] != "shop"}
+
+
+def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
+    """Have `web` as the case wants it; give it as it is."""
+    for vm in others(box).values():
+        if vm["name"] != "web" or vm["state"] != case.before:
+            box.call("vm_delete", vm=vm["id"], force=True)
+    if case.before is None:
+        return {}
+    if not others(box):
+        box.call("vm_create", **CREATION)
+    if case.before == "STOPPED":
+        box.call("vm_stop", vm="web", force=True)
+    web: dict[str, Any] = box.call("vm_info", vm="web")
+    return web
+
+
+def kill_at(bench: Bench, kind: str, death: Death) -> bool:
+    """Ask for an operation, have the daemon die there, and look what the next one makes of it.
+
+    False when the operation had ended before the daemon got there.
+    """
+    box, case = bench.open(), CASES[kind]
+    try:
+        was = prepare(box, case)
+        last_job = box.rows("SELECT COALESCE(MAX(id), 0) FROM job")[0][0]
+        box.arm(death)
+        with Question(box, case.method, **case.params) as question:
+            question.read()
+        if question.is_answered:
+            box.arm(None)
+            assert question.error is None, question.error
+        died = not question.is_answered or box.daemon.poll() is not None
+        if died:
+            assert box.daemon.wait(10) == -signal.SIGKILL
+            box.start()
+        settle(box)
+        judge(box, case, was, last_job, must_be_finished=question.is_answered)
+        check_accounted(box)
+        assert box.call("vm_info", vm="shop")["pid"] == bench.bystander["pid"]
+        if not others(box):
+            box.call("vm_create", **CREATION)
+            check_accounted(box)
+    except BaseException:
+        print(f"{kind}: {death}\n{tail(box)}")
+        bench.discard()
+        raise
+    return died
+
+
+def judge(
+    box: ZygoteBox, case: Case, was: dict[str, Any], last_job: int, *, must_be_finished: bool
+) -> None:
+    """Assert that the operation is finished or undone, and that its job says which."""
+    now = others(box)
+    jobs = box.rows("SELECT kind, state, message FROM job WHERE id > ? ORDER BY id", last_job)
+    finished = case.is_finished(now, was)
+    assert finished or case.is_undone(now, was), (now, was, jobs)
+    assert finished or not must_be_finished, (now, was, jobs)
+    # The rename of a database that never came to know of it has no job; nor has any other.
+    expected = [(case.method, "DONE", "")] if finished else []
+    assert jobs == expected, (jobs, now)
+    if case.before is None and finished:
+        assert now["web"]["ready"], now
+
+
+def test_every_operation_is_killed() -> None:
+    assert set(CASES) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("death", STEPS, ids=name_step)
+def test_killed_at_a_step(bench: Bench, death: Death) -> None:
+    assert kill_at(bench, death.kind, death), "the step was not reached"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", ["transaction", "process"])
+@pytest.mark.parametrize("kind", CASES)
+def test_killed_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
+    number = 1
+    while kill_at(bench, kind, Death(at, number, when)):
+        number += 1
+        assert number < MOST
+    print(f"{kind}: killed {when} {number - 1} {at}(s)")
