@@ -269,6 +269,7 @@ async def test_taps_that_are_not_ours_are_told_of_and_kept(place: Place) -> None
     ip("tuntap add dev osctap2 mode tap")  # vm 2's
     ip("tuntap add dev osctap8 mode tap")
     ip("tuntap add dev tap0 mode tap")
+    set_neighbour("oscbr0", IPv4Address("10.0.0.9"), MAC)  # somebody may be there
     held, ours = open_tap("osctap9", "oscbr0"), open_tap("osctap1", "oscbr0")
     outside = subprocess.Popen(["sleep", "1000"], pass_fds=[held])
     inside = subprocess.Popen(["sleep", "1000"], pass_fds=[ours], cwd=place.make("run/vms/1"))
@@ -279,6 +280,7 @@ async def test_taps_that_are_not_ours_are_told_of_and_kept(place: Place) -> None
         inside.wait(10)  # reaped already: it is a child of this process
         assert "osctap1" not in ip("link show")
         assert outside.poll() is None
+        assert "10.0.0.9" in ip("neighbour show dev oscbr0")
         strangers = {str(stranger).partition(")")[0] for stranger in await place.leftovers.look()}
         assert strangers == {"osctap8 (held by nobody", f"osctap9 (held by process {outside.pid}"}
         assert sorted(await place.warnings()) == ["osctap8", "osctap9", "vm 1"]

@@ -60,7 +60,7 @@ class _Seen:
     deleted: list[Traces]
     strangers: list[Stranger]
     neighbours: list[_Neighbour]
-    is_foreign_running: bool
+    is_foreign_here: bool
 
 
 class Leftovers:
@@ -97,7 +97,8 @@ class Leftovers:
         seen = await self._see()
         for traces in seen.deleted:
             await self._go_on(traces.name, self._remove(traces))
-        if not seen.is_foreign_running:
+        # A vm of another database may be reached by them.
+        if not seen.is_foreign_here:
             await self._go_on("neighbours", self._forget_neighbours(seen.neighbours))
             await self._go_on("firewall", self._forget_networks())
         self._told &= set(seen.strangers)
@@ -118,16 +119,19 @@ class Leftovers:
         found += [(rows.disks, traces) for traces in listing.disks.values()]
         foreign = [traces for ids, traces in found if ids.is_foreign(traces.number)]
         held = {identity.pid for traces in listing.vms.values() for identity in traces.processes}
-        taps = [tap for tap in links.taps if _TAP.fullmatch(tap.name) and tap.name not in rows.taps]
+        unclaimed = [
+            tap for tap in links.taps if _TAP.fullmatch(tap.name) and tap.name not in rows.taps
+        ]
+        taps = await asyncio.to_thread(_describe_taps, unclaimed, held)
         return _Seen(
             deleted=[traces for ids, traces in found if ids.is_deleted(traces.number)],
             strangers=[
                 *(Stranger(traces.name, tuple(traces.parts()), _FOREIGN) for traces in foreign),
                 *(Stranger("leftovers", (part,), _STRANGE) for part in listing.strange),
-                *await asyncio.to_thread(_describe_taps, taps, held),
+                *taps,
             ],
             neighbours=neighbours,
-            is_foreign_running=any(traces.processes for traces in foreign),
+            is_foreign_here=bool(taps) or any(traces.processes for traces in foreign),
         )
 
     async def _set_aside(self, listing: Listing) -> None:
