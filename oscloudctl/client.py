@@ -1,14 +1,15 @@
 """The daemon's socket as a Python object: JSON-RPC 2.0, one JSON text per line.
 
-Owns the connection and turns error answers back into the exceptions of `oscloudd.errors`. Uses the
-standard library only, so that the command line starts fast and others can copy it. Prints nothing.
+`call` waits for an answer, `stream` gives what comes before it. Owns the connection and turns
+error answers back into the exceptions of `oscloudd.errors`. Uses the standard library only, so that
+the command line starts fast and others can copy it. Prints nothing.
 """
 
 import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,10 @@ OnProgress = Callable[[Progress], None]
 def find_socket_path(given: str | None = None) -> str:
     """Give the socket to use: the one named, else OSCLOUD_SOCKET, else the system's."""
     return given or os.environ.get("OSCLOUD_SOCKET") or DEFAULT_SOCKET
+
+
+class NotTheDaemonError(DaemonUnreachableError):
+    """What listens on the socket is something else: trying again does not help."""
 
 
 @dataclass(frozen=True)
@@ -106,28 +111,25 @@ class Client:
         or OperationTimeoutError.
         """
         limit = ANSWER_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
-        self._last_id += 1
-        request = {
-            "jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params or {},
-        }  # fmt: skip
-        try:
-            stream = self._connected()
-            stream.settimeout(limit)
-            _send(stream, request)
-            answer = self._read_answer(stream, on_progress)
-        except TimeoutError as error:
-            self.close()
-            raise _no_answer(method, limit) from error
-        except OSError as error:
-            self.close()
-            raise _connection_lost(method) from error
-        except BaseException:
-            # The answer to an abandoned call must not be taken for the next one's.
-            self.close()
-            raise
-        if "error" in answer:
-            raise build_error(answer["error"])
-        return answer.get("result")
+        with contextlib.closing(self._exchange(method, params or {}, limit)) as messages:
+            for message in messages:
+                if on_progress is not None and message.get("method") == "progress":
+                    on_progress(_parameters(message))
+        return _result(message)
+
+    def stream(
+        self, method: str, params: dict[str, Any] | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """Call `method` and give the parameters of each event it sends, until its answer comes.
+
+        Waits for as long as it takes. Whoever leaves before the end closes the generator, which
+        closes the connection. Raises what `call` raises.
+        """
+        with contextlib.closing(self._exchange(method, params or {}, None)) as messages:
+            for message in messages:
+                if message.get("method") == "event":
+                    yield _parameters(message)
+        _result(message)
 
     def upgrade(self, method: str, params: dict[str, Any]) -> RawConnection:
         """Call `method` and hand over the connection, which carries raw bytes from then on."""
@@ -145,15 +147,35 @@ class Client:
             self._stream = _connect(self.socket_path)
         return self._stream
 
-    def _read_answer(self, stream: socket.socket, on_progress: OnProgress | None) -> dict[str, Any]:
-        while True:
-            message = _decode(self._read_line(stream), self.socket_path)
-            identifier = message.get("id")
-            # An error without an id answers a line the daemon could not or would not read.
-            if identifier == self._last_id or (identifier is None and "error" in message):
-                return message
-            if on_progress and message.get("method") == "progress":
-                on_progress(message.get("params") or {})
+    def _exchange(
+        self, method: str, params: dict[str, Any], limit: float | None
+    ) -> Generator[dict[str, Any], None, None]:
+        """Send a request and give every notification that comes, and at last the answer."""
+        self._last_id += 1
+        request = {"jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params}
+        answered = False
+        try:
+            stream = self._connected()
+            stream.settimeout(limit)
+            _send(stream, request)
+            while not answered:
+                message = _decode(self._read_line(stream), self.socket_path)
+                answered = self._is_answer(message)
+                if answered or "id" not in message:
+                    yield message
+        except TimeoutError as error:
+            raise _no_answer(method, limit or 0) from error
+        except OSError as error:
+            raise _connection_lost(method) from error
+        finally:
+            # The answer to an abandoned call must not be taken for the next one's.
+            if not answered:
+                self.close()
+
+    def _is_answer(self, message: dict[str, Any]) -> bool:
+        identifier = message.get("id")
+        # An error without an id answers a line the daemon could not or would not read.
+        return identifier == self._last_id or (identifier is None and "error" in message)
 
     def _read_line(self, stream: socket.socket) -> bytes:
         searched = 0
@@ -174,6 +196,17 @@ def _send(stream: socket.socket, request: dict[str, Any]) -> None:
     # A daemon that turns a connection away writes why and closes: the reason is there to be read.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         stream.sendall(json.dumps(request).encode() + b"\n")
+
+
+def _parameters(notification: dict[str, Any]) -> dict[str, Any]:
+    params = notification.get("params")
+    return params if isinstance(params, dict) else {}
+
+
+def _result(answer: dict[str, Any]) -> Any:
+    if "error" in answer:
+        raise build_error(answer["error"])
+    return answer.get("result")
 
 
 def build_error(error: Any) -> CloudError:
@@ -263,8 +296,8 @@ def _connection_lost(method: str) -> DaemonUnreachableError:
     )
 
 
-def _not_the_daemon(path: str) -> DaemonUnreachableError:
-    return DaemonUnreachableError(
+def _not_the_daemon(path: str) -> NotTheDaemonError:
+    return NotTheDaemonError(
         f"what answers on {path} does not speak JSON-RPC: it is not oscloudd",
         hint="name the daemon's socket with --socket or OSCLOUD_SOCKET",
     )
