@@ -19,6 +19,7 @@ _INSIDE = "Inside a virtual machine"
 _DISK = "Disks"
 _NETWORK = "Networks"
 _TEMPLATE = "Templates"
+_JOB = "Jobs and events"
 _DAEMON = "The daemon and this program"
 
 COMMANDS: dict[str, Entry] = {
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Entry] = {
     "vm-resume": Entry(_VM, "vm_power", "Let paused vms go on."),
     "vm-delete": Entry(_VM, "vm_power", "Delete vms and their disks."),
     "vm-rename": Entry(_VM, "vm", "Give a vm another name."),
+    "vm-set": Entry(_VM, "vm_set", "Set what vms do by themselves: start with the host, restart."),
     "vm-wait": Entry(_VM, "vm", "Wait until vms are ready or in a given state."),
     "vm-ssh": Entry(_INSIDE, "vm_inside", "Log in to a vm, or run a command in it, by ssh."),
     "vm-console": Entry(_INSIDE, "vm_inside", "Attach the terminal to a vm's serial console."),
@@ -45,6 +47,11 @@ COMMANDS: dict[str, Entry] = {
     "template-info": Entry(_TEMPLATE, "template", "Show all there is to know about templates."),
     "template-build": Entry(_TEMPLATE, "template", "Build templates that are built here."),
     "template-download": Entry(_TEMPLATE, "template", "Download templates their vendor publishes."),
+    "job-list": Entry(_JOB, "job", "List the jobs, the newest first."),
+    "job-info": Entry(_JOB, "job", "Show all there is to know about jobs."),
+    "job-wait": Entry(_JOB, "job", "Wait until jobs have ended; fails as they do."),
+    "job-cancel": Entry(_JOB, "job", "End jobs early and undo what they did."),
+    "events": Entry(_JOB, "events", "Print what happens, an event a line, until Ctrl-C."),
     "daemon-info": Entry(_DAEMON, "daemon", "Show the daemon's version, state and settings."),
     "daemon-doctor": Entry(_DAEMON, "daemon", "Check this box and say what to mend."),
     "completion": Entry(_DAEMON, "completion", "Print the completion script of a shell."),

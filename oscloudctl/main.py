@@ -11,12 +11,9 @@ from typing import Any, NoReturn
 import click
 
 from oscloudctl.catalogue import COMMANDS
-from oscloudctl.report import Hinted, report
+from oscloudctl.report import EXIT_INTERRUPTED, Hinted, report
 from oscloudctl.session import Session
 from oscloudd.errors import EXIT_SOFTWARE, CloudError
-
-# 128 + SIGINT, what a shell reports for a command that Ctrl-C ended.
-EXIT_INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):

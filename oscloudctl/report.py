@@ -4,6 +4,9 @@ import click
 
 from oscloudd.errors import CloudError
 
+# 128 + SIGINT, what a shell reports for a command that Ctrl-C ended.
+EXIT_INTERRUPTED = 130
+
 
 class Hinted(click.UsageError):
     """A usage error with a hint of its own."""

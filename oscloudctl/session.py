@@ -22,6 +22,8 @@ class Session:
     """One run of a command; connects when the first call is made."""
 
     def __init__(self, socket_path: str | None = None) -> None:
+        # Set by a Ctrl-C that was about a job: what was still to be done is left undone.
+        self.interrupted = False
         self.client = Client(find_socket_path(socket_path))
 
     def use_socket(self, socket_path: str) -> None:
@@ -70,6 +72,13 @@ def json_option(function: Decorated) -> Decorated:
     return click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")(
         function
     )
+
+
+def no_wait_option(function: Decorated) -> Decorated:
+    """Add `--no-wait`, which leaves the job to itself as soon as it has begun."""
+    return click.option(
+        "--no-wait", is_flag=True, help="Come back at once, with the job that does it."
+    )(function)
 
 
 def output_options(function: Decorated) -> Decorated:

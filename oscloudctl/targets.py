@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from oscloudctl.report import report
+from oscloudctl.report import EXIT_INTERRUPTED, report
 from oscloudctl.session import Session, complete_vms, parse_target
 from oscloudd.errors import CloudError
 
@@ -43,11 +43,18 @@ def choose_vms(
 
 
 def run_on_each(
-    targets: list[Target], action: Callable[[Target], Any], *, done: Callable[[Any], None]
+    session: Session,
+    targets: list[Target],
+    action: Callable[[Target], Any],
+    *,
+    done: Callable[[Any], None],
 ) -> int:
-    """Do `action` to each target and hand its answer to `done`; give the exit status."""
+    """Do `action` to each target and hand its answer to `done`; give the exit status.
+
+    Goes on after a failure, but not after a Ctrl-C that has cancelled a job.
+    """
     status = 0
-    for target in targets:
+    for number, target in enumerate(targets, 1):
         try:
             answer = action(target)
         except CloudError as error:
@@ -55,4 +62,7 @@ def run_on_each(
             status = status or failed
         else:
             done(answer)
+        if session.interrupted and (left := targets[number:]):
+            click.echo(f"Not begun: {', '.join(map(str, left))}", err=True)
+            return status or EXIT_INTERRUPTED
     return status

@@ -9,7 +9,7 @@ from oscloudctl.output import Column, print_list, print_objects
 from oscloudctl.session import (
     Session,
     complete_from,
-    json_option,
+    no_wait_option,
     output_options,
     parse_target,
     pass_session,
@@ -63,22 +63,33 @@ def template_info(
     return show_each(session, "template", templates, as_json=as_json, ids_only=ids_only)
 
 
-def _make_each(session: Session, method: str, templates: tuple[str, ...], *, as_json: bool) -> int:
-    from oscloudctl.progress import ProgressLine
+def _make_each(
+    session: Session,
+    method: str,
+    templates: tuple[str, ...],
+    *,
+    no_wait: bool,
+    as_json: bool,
+    ids_only: bool,
+) -> int:
+    from oscloudctl.job_call import call_job, print_begun
 
     if not templates:
         raise click.UsageError("which template? Name one or more")
     made: list[dict[str, Any]] = []
 
     def make(template: int | str) -> Any:
-        with ProgressLine(str(template)) as line:
-            return session.call(
-                method, on_progress=line.show, timeout_seconds=SILENCE_SECONDS, template=template
-            )
+        return call_job(
+            session, method, subject=str(template), silence_seconds=SILENCE_SECONDS,
+            template=template, wait=False if no_wait else None,
+        )  # fmt: skip
 
-    status = run_on_each([parse_target(each) for each in templates], make, done=made.append)
-    if as_json and made:
-        print_objects(made, as_json=True)
+    targets = [parse_target(each) for each in templates]
+    status = run_on_each(session, targets, make, done=made.append)
+    if made and (as_json or ids_only):
+        print_objects(made, as_json=as_json, ids_only=ids_only)
+    elif made and no_wait:
+        print_begun(made)
     elif made:
         print_list(made, COLUMNS, as_json=False, ids_only=False)
     return status
@@ -86,19 +97,21 @@ def _make_each(session: Session, method: str, templates: tuple[str, ...], *, as_
 
 @click.command("template-build")
 @templates_argument
-@json_option
+@no_wait_option
+@output_options
 @socket_option
 @pass_session
-def template_build(session: Session, templates: tuple[str, ...], *, as_json: bool) -> int:
+def template_build(session: Session, /, templates: tuple[str, ...], **output: bool) -> int:
     """Build templates that are built here."""
-    return _make_each(session, "template_build", templates, as_json=as_json)
+    return _make_each(session, "template_build", templates, **output)
 
 
 @click.command("template-download")
 @templates_argument
-@json_option
+@no_wait_option
+@output_options
 @socket_option
 @pass_session
-def template_download(session: Session, templates: tuple[str, ...], *, as_json: bool) -> int:
+def template_download(session: Session, /, templates: tuple[str, ...], **output: bool) -> int:
     """Download templates their vendor publishes."""
-    return _make_each(session, "template_download", templates, as_json=as_json)
+    return _make_each(session, "template_download", templates, **output)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from oscloudctl.output import Column, print_list, print_objects
+from oscloudctl.output import Column, make_printable, print_list, print_objects
 from oscloudctl.session import (
     Session,
     json_option,
@@ -29,6 +29,12 @@ COLUMNS = (
     Column("OS", "os"),
 )
 
+# The other states pass by themselves.
+_AT_REST = frozenset({"STOPPED", "PAUSED", "CRASHED", "UNRESPONSIVE", "ERROR"})
+
+# A host that has lost its disk has all its vms in trouble.
+MAX_TROUBLES = 10
+
 # The daemon needs a moment longer than the wait it was asked for to say that it was in vain.
 ANSWER_MARGIN_SECONDS = 15
 
@@ -44,6 +50,29 @@ def vm_list(session: Session, *, as_json: bool, ids_only: bool) -> None:
         click.echo("There is no vm yet. Make one: oscloudctl vm-create web", err=True)
         return
     print_list(rows, COLUMNS, as_json=as_json, ids_only=ids_only)
+    if not as_json and not ids_only:
+        _print_troubles(rows)
+
+
+def _print_troubles(rows: list[dict[str, Any]]) -> None:
+    """Say why vms are not as they are wanted: below the table, where no program reads it."""
+    troubles = [trouble for trouble in map(find_trouble, rows) if trouble]
+    for trouble in troubles[:MAX_TROUBLES]:
+        click.echo(trouble, err=True)
+    if len(troubles) > MAX_TROUBLES:
+        click.echo(f"… and {len(troubles) - MAX_TROUBLES} more: see oscloudctl vm-info", err=True)
+
+
+def find_trouble(vm: dict[str, Any]) -> str | None:
+    """Give a sentence about a vm that came to rest in another state than its user wanted."""
+    state, reason = vm["state"], make_printable(str(vm.get("reason") or ""))
+    wanted = vm.get("wanted_state") or state
+    if state not in _AT_REST or (state == wanted and not reason):
+        return None
+    if state == "STOPPED" and wanted == "STOPPED":
+        return None
+    note = "" if state == wanted else f" (wanted {wanted})"
+    return f"{vm['name']} is {state}{note}" + (f": {reason}" if reason else "")
 
 
 @click.command("vm-info")
@@ -64,6 +93,7 @@ def show_each(
         raise click.UsageError(f"which {noun}? Name one or more")
     found: list[dict[str, Any]] = []
     status = run_on_each(
+        session,
         [parse_target(name) for name in names],
         lambda target: session.client.call(f"{noun}_info", {noun: target}),
         done=found.append,
@@ -107,6 +137,7 @@ def vm_wait(
     wanted = "ready" if state.lower() == "ready" else state.upper()
     found: list[dict[str, Any]] = []
     status = run_on_each(
+        session,
         [parse_target(vm) for vm in vms],
         lambda vm: session.call(
             "vm_wait",

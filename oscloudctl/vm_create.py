@@ -5,15 +5,17 @@ from typing import Any
 
 import click
 
+from oscloudctl.job_call import call_job, print_begun
 from oscloudctl.output import print_objects
-from oscloudctl.progress import ProgressLine
 from oscloudctl.session import (
     Session,
     complete_from,
+    no_wait_option,
     output_options,
     pass_session,
     socket_option,
 )
+from oscloudctl.vm_set import policy_options
 from oscloudd.errors import InvalidArgumentError
 
 DEFAULT_IMAGE = "debian_12"
@@ -44,10 +46,12 @@ SILENCE_SECONDS = 900.0
 @click.option("--no-ssh-key", is_flag=True, help="Put no key in.")
 @click.option("--password", metavar="WORD", help='Root\'s password; "-" asks for it.')
 @click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
+@policy_options
 @click.option(
-    "--wait", type=click.Choice(["none", "started", "ready"]), default="ready", show_default=True,
-    help="Come back when its ssh server answers, when qemu runs, or at once.",
+    "--wait", type=click.Choice(["none", "started", "ready"]),
+    help="Come back when its ssh server answers, when qemu runs, or at once.  [default: ready]",
 )  # fmt: skip
+@no_wait_option
 @output_options
 @socket_option
 @pass_session
@@ -58,9 +62,10 @@ def vm_create(
     ssh_keys: tuple[str, ...],
     password: str | None,
     user_data: str | None,
-    wait: str,
+    wait: str | None,
     *,
     no_ssh_key: bool,
+    no_wait: bool,
     as_json: bool,
     ids_only: bool,
     **params: Any,
@@ -69,14 +74,23 @@ def vm_create(
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
     params["user_data"] = _read_user_data(user_data)
-    with ProgressLine() as line:
-        answer = session.call(
-            "vm_create", on_progress=line.show, timeout_seconds=SILENCE_SECONDS,
-            name=name, wait=wait, **params,
-        )  # fmt: skip
-    print_objects([answer], as_json=as_json, ids_only=ids_only)
-    if not as_json and not ids_only:
-        _print_next(name, wait)
+    chosen = _choose_wait(wait, no_wait=no_wait)
+    answer = call_job(
+        session, "vm_create", silence_seconds=SILENCE_SECONDS, name=name, wait=chosen, **params
+    )
+    if as_json or ids_only:
+        print_objects([answer], as_json=as_json, ids_only=ids_only)
+    elif chosen == "none":
+        print_begun([answer])
+    else:
+        print_objects([answer], as_json=False)
+        _print_next(name, chosen)
+
+
+def _choose_wait(wait: str | None, *, no_wait: bool) -> str:
+    if no_wait and wait not in (None, "none"):
+        raise click.UsageError(f"--no-wait and --wait {wait} exclude each other")
+    return "none" if no_wait else wait or "ready"
 
 
 def _read_keys(ssh_keys: tuple[str, ...], *, no_ssh_key: bool) -> list[str] | None:

@@ -6,9 +6,17 @@ from typing import Any, TypeVar
 
 import click
 
-from oscloudctl.output import print_objects
-from oscloudctl.progress import ProgressLine
-from oscloudctl.session import Session, json_option, pass_session, socket_option, timeout_option
+from oscloudctl.job_call import call_job, print_begun
+from oscloudctl.output import print_ids, print_objects
+from oscloudctl.session import (
+    Session,
+    json_option,
+    no_wait_option,
+    output_options,
+    pass_session,
+    socket_option,
+    timeout_option,
+)
 from oscloudctl.targets import Target, all_option, choose_vms, run_on_each, vms_argument
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -37,38 +45,46 @@ def change_each(
     targets: list[Target],
     *,
     as_json: bool,
+    ids_only: bool = False,
+    no_wait: bool = False,
     silence_seconds: float | None = None,
     **params: Any,
 ) -> int:
-    """Call `method` for each vm, telling each one's new state; give the exit status."""
+    """Call `method` for each vm, telling each one's new state or job; give the exit status."""
     answers: list[dict[str, Any]] = []
 
     def change(vm: Target) -> dict[str, Any]:
-        with ProgressLine(str(vm) if len(targets) > 1 else "") as line:
-            answer: dict[str, Any] = session.call(
-                method, on_progress=line.show, timeout_seconds=silence_seconds, vm=vm, **params
-            )
-        if not as_json:
+        subject = str(vm) if len(targets) > 1 else ""
+        answer: dict[str, Any] = call_job(
+            session, method, subject=subject, silence_seconds=silence_seconds,
+            vm=vm, wait=False if no_wait else None, **params,
+        )  # fmt: skip
+        if not (as_json or ids_only or no_wait):
             click.echo(f"{answer['name']}: {answer.get('state', 'deleted')}")
         return answer
 
-    status = run_on_each(targets, change, done=answers.append)
-    if as_json and answers:
+    status = run_on_each(session, targets, change, done=answers.append)
+    if answers and as_json:
         print_objects(answers, as_json=True)
+    elif ids_only:
+        print_ids([{"id": answer.get("deleted"), **answer} for answer in answers])
+    elif answers and no_wait:
+        print_begun(answers)
     return status
 
 
 @click.command("vm-start")
 @vms_argument
 @all_option
-@json_option
+@no_wait_option
+@output_options
 @socket_option
 @pass_session
-def vm_start(session: Session, vms: tuple[str, ...], *, every: bool, as_json: bool) -> int:
+def vm_start(session: Session, /, vms: tuple[str, ...], *, every: bool, **output: bool) -> int:
     """Start vms."""
     targets = choose_vms(session, vms, every=every, states=_DOWN)
     return change_each(
-        session, "vm_start", targets, as_json=as_json, silence_seconds=START_TIMEOUT_SECONDS
+        session, "vm_start", targets, silence_seconds=START_TIMEOUT_SECONDS, **output
     )
 
 
@@ -77,23 +93,25 @@ def vm_start(session: Session, vms: tuple[str, ...], *, every: bool, as_json: bo
 @all_option
 @force_option
 @timeout_option(30, _STOP_HELP)
-@json_option
+@no_wait_option
+@output_options
 @socket_option
 @pass_session
 def vm_stop(
     session: Session,
+    /,
     vms: tuple[str, ...],
     timeout: float,
     *,
     every: bool,
     force: bool,
-    as_json: bool,
+    **output: bool,
 ) -> int:
     """Stop vms: power button first, then harder."""
     targets = choose_vms(session, vms, every=every, states=_UP)
     return change_each(
-        session, "vm_stop", targets, as_json=as_json,
-        silence_seconds=timeout + STOP_MARGIN_SECONDS, force=force, timeout=timeout,
+        session, "vm_stop", targets, silence_seconds=timeout + STOP_MARGIN_SECONDS,
+        force=force, timeout=timeout, **output,
     )  # fmt: skip
 
 
@@ -102,23 +120,25 @@ def vm_stop(
 @all_option
 @force_option
 @timeout_option(30, _STOP_HELP)
-@json_option
+@no_wait_option
+@output_options
 @socket_option
 @pass_session
 def vm_restart(
     session: Session,
+    /,
     vms: tuple[str, ...],
     timeout: float,
     *,
     every: bool,
     force: bool,
-    as_json: bool,
+    **output: bool,
 ) -> int:
     """Stop vms and start them again."""
     targets = choose_vms(session, vms, every=every, states=_UP)
     return change_each(
-        session, "vm_restart", targets, as_json=as_json,
-        silence_seconds=timeout + START_TIMEOUT_SECONDS, force=force, timeout=timeout,
+        session, "vm_restart", targets, silence_seconds=timeout + START_TIMEOUT_SECONDS,
+        force=force, timeout=timeout, **output,
     )  # fmt: skip
 
 
@@ -152,18 +172,20 @@ def vm_resume(session: Session, vms: tuple[str, ...], *, every: bool, as_json: b
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (asks only on a terminal).")
 @force_option
 @timeout_option(30, _STOP_HELP)
-@json_option
+@no_wait_option
+@output_options
 @socket_option
 @pass_session
 def vm_delete(
     session: Session,
+    /,
     vms: tuple[str, ...],
     timeout: float,
     *,
     every: bool,
     yes: bool,
     force: bool,
-    as_json: bool,
+    **output: bool,
 ) -> int:
     """Delete vms and their disks."""
     targets = choose_vms(session, vms, every=every)
@@ -173,6 +195,6 @@ def vm_delete(
             click.echo("Nothing was deleted.", err=True)
             return 1
     return change_each(
-        session, "vm_delete", targets, as_json=as_json,
-        silence_seconds=timeout + STOP_MARGIN_SECONDS, force=force, timeout=timeout,
+        session, "vm_delete", targets, silence_seconds=timeout + STOP_MARGIN_SECONDS,
+        force=force, timeout=timeout, **output,
     )  # fmt: skip

@@ -1,12 +1,14 @@
 """A scripted daemon: a real Unix socket that answers JSON-RPC lines as a test tells it to.
 
 `answers[method]` is a value, or a function of the Call; a function may raise a CloudError (it
-becomes the error answer), send progress on the way, or return Raw to take the connection over.
+becomes the error answer), send progress or events on the way, or return Raw to take the connection
+over. A ScriptedJob is such a function, and the one that cancels it, too.
 """
 
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oscloudd.errors import CloudError, NotFoundError
+from pexpect.fdpexpect import fdspawn
+
+from oscloudd.errors import CancelledJobError, CloudError, NotFoundError
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_SECONDS = 20
@@ -26,8 +30,14 @@ VM = {
     "os": "debian_12", "network": "default", "ip": "192.168.0.2", "mac": "52:54:00:00:00:01",
     "mem_size": 2 << 30, "disk_size": 10 << 30, "disk": "web", "cpus": 2, "accelerator": "tcg",
     "started": "cold", "ready": True, "pid": 4711, "uptime_seconds": 3725, "serial_port": 10002,
-    "autostart": True, "restart": "no", "created_at": "2026-01-02T03:04:05Z", "owner_uid": 0,
+    "autostart": "no", "restart": "no", "created_at": 1767323045.5, "owner_uid": 0,
     "ssh_host_keys": ["ssh-ed25519 AAAAhost web"], "gateway": "192.168.0.1",
+}  # fmt: skip
+
+JOB = {
+    "id": 7, "kind": "vm_create", "target": "web", "vm": 1, "state": "RUNNING", "step": 3,
+    "steps": 6, "stage": "booting", "message": "kernel", "fraction": None, "error_kind": "",
+    "cancellable": True, "owner_uid": 0, "created_at": 1767323045.5, "finished_at": None,
 }  # fmt: skip
 
 
@@ -56,6 +66,15 @@ class Call:
         params = {"job": 7, "stage": stage, "message": message, "fraction": fraction}
         self.send({"jsonrpc": "2.0", "method": "progress", "params": params})
 
+    def event(self, sequence: int, **params: Any) -> None:
+        self.send({"jsonrpc": "2.0", "method": "event", "params": build_event(sequence, **params)})
+
+    def wait_until_gone(self) -> Any:
+        """Say nothing until the client has hung up."""
+        with contextlib.suppress(OSError):
+            self.stream.recv(1)
+        return HANG_UP
+
 
 class StubDaemon:
     """Owns the socket and a thread for each connection; `close` ends them."""
@@ -64,6 +83,7 @@ class StubDaemon:
         self.path = path
         self.answers: dict[str, Any] = {}
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.jobs: list[ScriptedJob] = []
         self._streams: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -72,6 +92,8 @@ class StubDaemon:
         self._threads[0].start()
 
     def close(self) -> None:
+        for job in self.jobs:
+            job.end.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join(DEADLINE_SECONDS)
         self._listener.close()
@@ -142,6 +164,53 @@ class StubDaemon:
 HANG_UP = object()
 
 
+class ScriptedJob:
+    """Job 7, begun by `method`: says it boots, then runs until `end` is set or it is cancelled.
+
+    `answer` or `error` is what the call gets; with `refusal` it can't be cancelled.
+    """
+
+    def __init__(self, daemon: StubDaemon, method: str, answer: Any = None) -> None:
+        self.answer = VM if answer is None else answer
+        self.error: CloudError | None = None
+        self.refusal: CloudError | None = None
+        self.end = threading.Event()
+        self.gone = threading.Event()
+        self.connections: list[socket.socket] = []
+        daemon.jobs.append(self)
+        daemon.answers[method] = self._run
+        daemon.answers["job_cancel"] = self._cancel
+
+    def _run(self, call: Call) -> Any:
+        self.connections.append(call.stream)
+        call.progress("booting", "kernel")
+        threading.Thread(target=self._watch, args=(call,), daemon=True).start()
+        assert self.end.wait(DEADLINE_SECONDS)
+        if self.error is not None:
+            raise self.error
+        return HANG_UP if self.gone.is_set() else self.answer
+
+    def _watch(self, call: Call) -> None:
+        with contextlib.suppress(OSError):
+            if not call.stream.recv(1, socket.MSG_PEEK):
+                self.gone.set()
+
+    def _cancel(self, call: Call) -> Any:
+        self.connections.append(call.stream)
+        if self.refusal is not None:
+            raise self.refusal
+        self.error = CancelledJobError("job 7 (vm_create web) was cancelled")
+        self.end.set()
+        return {**JOB, "state": "CANCELLED", "message": self.error.message}
+
+
+def build_event(sequence: int, **params: Any) -> dict[str, Any]:
+    data = {"state": "RUNNING", "reason": "", "wanted_state": "RUNNING"}
+    event = {"sequence": sequence, "at": 1767323045.5, "kind": "vm_state", "vm": 1, "job": None,
+             "name": "web", "data": data}  # fmt: skip
+    return {**event, **params}
+
+
 def no_vm(name: int | str) -> NotFoundError:
     return NotFoundError(
         f"there is no vm {name}", hint="see: oscloudctl vm-list", object="vm", name=str(name)
@@ -157,6 +226,58 @@ def build_environment(daemon: StubDaemon | None, home: Path, **more: str) -> dic
     if daemon is not None:
         environment.setdefault("OSCLOUD_SOCKET", str(daemon.path))
     return environment
+
+
+# A test run in the background of a shell inherits SIGINT ignored, and so would its children.
+LAUNCH = (
+    sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, '-m', 'oscloudctl', *sys.argv[1:]])",
+)  # fmt: skip
+
+
+class Running:
+    """`oscloudctl` under way, neither stream a terminal; `see` waits for words on one of them."""
+
+    def __init__(self, daemon: StubDaemon, home: Path, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*LAUNCH, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=build_environment(daemon, home), cwd=home,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self._files = (self.process.stdout, self.process.stderr)
+        self.out, self.err = (
+            fdspawn(file, timeout=DEADLINE_SECONDS, use_poll=True, encoding="utf-8")
+            for file in self._files
+        )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for file in self._files:
+            file.close()
+
+    def see(self, words: str) -> str:
+        """Wait for `words` on standard error; give what came before them."""
+        self.err.expect_exact(words)
+        return str(self.err.before)
+
+    def read(self, words: str) -> str:
+        """Wait for `words` on standard output; give what came before them."""
+        self.out.expect_exact(words)
+        return str(self.out.before)
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for its end; give its status and the rest of both streams."""
+        status = self.process.wait(DEADLINE_SECONDS)
+        return status, str(self.out.read()), str(self.err.read())
 
 
 class Oscloudctl:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,8 @@ from stub_daemon import (
     VM,
     Call,
     Oscloudctl,
+    Running,
+    ScriptedJob,
     StubDaemon,
     build_environment,
     no_vm,
@@ -217,15 +220,32 @@ def test_progress_is_plain_lines_when_nobody_watches(ctl: Oscloudctl, daemon: St
         call.progress("booting", "kernel", 0.41)
         call.progress("booting", "kernel", 0.42)
         call.progress("booting", "evil \x1b[2J", 0.9)
+        assert shown.wait(DEADLINE_SECONDS)
+        call.progress("ready", "sshd")
         return VM
 
+    shown = threading.Event()
     daemon.answers["vm_create"] = create
-    stderr = ctl("vm-create", "web", "--no-ssh-key").stderr
+    with Running(daemon, ctl.home, "vm-create", "web", "--no-ssh-key") as running:
+        stderr = running.see("90%") + "90%"
+        shown.set()
+        stderr += running.end()[2]
     assert "\x1b" not in stderr
     assert "\r" not in stderr
     assert [line.partition("] ")[2] for line in stderr.splitlines() if line.startswith("[")] == [
         "disk: making the overlay", "booting: kernel 41%", "booting: evil  [2J 90%",
+        "ready: sshd",
     ]  # fmt: skip
+
+
+def test_what_is_over_at_once_shows_no_progress(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    def stop(call: Call) -> Any:
+        call.progress("stopping", "the power button")
+        return {**VM, "state": "STOPPED"}
+
+    daemon.answers["vm_stop"] = stop
+    done = ctl("vm-stop", "web")
+    assert (done.stdout, done.stderr) == ("web: STOPPED\n", "")
 
 
 @pytest.mark.parametrize(
@@ -315,14 +335,13 @@ def test_vm_wait(ctl: Oscloudctl, daemon: StubDaemon) -> None:
 
 @pytest.mark.parametrize("method", ["template_build", "template_download"])
 def test_making_templates(ctl: Oscloudctl, daemon: StubDaemon, method: str) -> None:
-    def make(call: Call) -> Any:
-        call.progress("fetching", "tiny", 0.5)
-        return TEMPLATE
-
-    daemon.answers[method] = make
-    done = ctl(method.replace("_", "-"), "tiny")
-    assert done.stdout.splitlines()[1].split()[:4] == ["tiny", "READY", "30M", "2"]
-    assert "] tiny: fetching: tiny 50%" in done.stderr
+    job = ScriptedJob(daemon, method, TEMPLATE)
+    with Running(daemon, ctl.home, method.replace("_", "-"), "tiny") as running:
+        running.see("] tiny: booting: kernel")
+        job.end.set()
+        status, stdout, _ = running.end()
+    assert status == 0
+    assert stdout.splitlines()[1].split()[:4] == ["tiny", "READY", "30M", "2"]
     assert daemon.calls == [(method, {"template": "tiny"})]
 
 
