@@ -7,6 +7,22 @@ from pathlib import Path
 import pytest
 from daemon_process import Box
 from fake_qemu import install_fake_qemu
+from mariadb_server import MariaDb, is_installed
+
+# Files whose boxes run once on SQLite and once on MariaDB; everybody else's on SQLite only.
+ON_BOTH_DATABASES = {
+    "test_rpc_events",
+    "test_rpc_jobs",
+    "test_rpc_policies",
+    "test_rpc_recovery",
+    "test_rpc_vm",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "database_kind" in metafunc.fixturenames and metafunc.module.__name__ in ON_BOTH_DATABASES:
+        kinds = ["sqlite", "mariadb"]
+        metafunc.parametrize("database_kind", kinds, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")
@@ -15,24 +31,48 @@ def fake_qemu_binary() -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture
-def box(fake_qemu_binary: Path) -> Iterator[Box]:
-    """A cloud of the test's own, its daemon running."""
-    if os.geteuid() != 0:
-        pytest.skip("namespaces need root")
-    yield from open_box(fake_qemu_binary)
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDb]:
+    """A server for all tests; whoever ends or stops it has it running again afterwards."""
+    if not is_installed():
+        pytest.skip("mariadbd is not installed")
+    server = MariaDb()
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="module")
-def shared_box(fake_qemu_binary: Path) -> Iterator[Box]:
+def database_kind(request: pytest.FixtureRequest) -> str:
+    kind: str = getattr(request, "param", "sqlite")
+    return kind
+
+
+@pytest.fixture(scope="module")
+def box_server(database_kind: str, request: pytest.FixtureRequest) -> MariaDb | None:
+    """The server a box gets its database on; started for the first test that needs one."""
+    return request.getfixturevalue("mariadb") if database_kind == "mariadb" else None
+
+
+@pytest.fixture
+def box(fake_qemu_binary: Path, box_server: MariaDb | None) -> Iterator[Box]:
+    """A cloud of the test's own, its daemon running."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    yield from open_box(fake_qemu_binary, box_server)
+
+
+@pytest.fixture(scope="module")
+def shared_box(fake_qemu_binary: Path, box_server: MariaDb | None) -> Iterator[Box]:
     """A cloud for a file of tests that leave nothing in it."""
     if os.geteuid() != 0:
         pytest.skip("namespaces need root")
-    yield from open_box(fake_qemu_binary)
+    yield from open_box(fake_qemu_binary, box_server)
 
 
-def open_box(binary: Path) -> Iterator[Box]:
-    box = Box(binary)
+def open_box(binary: Path, server: MariaDb | None = None) -> Iterator[Box]:
+    box = Box(binary, server)
     try:
         box.start()
         yield box

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mariadb_server import MariaDb
+
 IMAGE = "fake_1"
 LIMIT_SECONDS = 20.0
 _numbers = itertools.count(1)
@@ -28,6 +30,7 @@ state_dir = "{root}/state"
 runtime_dir = "{root}/run"
 log_dir = "{root}/log"
 template_dirs = []
+database = "{url}"
 accelerator = "tcg"
 [guest]
 default_image = "{image}"
@@ -131,9 +134,12 @@ class Line:
 
 
 class Box:
-    """One cloud: its directories, its namespace, its daemon, and what that has started."""
+    """One cloud: its directories, its namespace, its daemon, and what that has started.
 
-    def __init__(self, binary: Path) -> None:
+    With `mariadb`, a database of its own on that server; else SQLite's file.
+    """
+
+    def __init__(self, binary: Path, mariadb: MariaDb | None = None) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="oscloud-rpc-"))
         self.root.chmod(0o755)
         self.namespace = f"oscloud-test-{os.getpid()}-{next(_numbers)}"
@@ -142,7 +148,10 @@ class Box:
         self._sshd: subprocess.Popen[str] | None = None
         subprocess.run(["ip", "netns", "add", self.namespace], check=True)
         self._ip("link", "set", "lo", "up")
-        config = _CONFIG.format(root=self.root, image=IMAGE, binary=binary)
+        self.mariadb = mariadb
+        self.database = "" if mariadb is None else mariadb.make_database()
+        url = "" if mariadb is None else mariadb.url(self.database)
+        config = _CONFIG.format(root=self.root, image=IMAGE, binary=binary, url=url)
         (self.root / "oscloud.toml").write_text(config)
         self._make_template()
         (self.root / "tmp").mkdir()
@@ -242,6 +251,9 @@ class Box:
     # What there is on the host
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Ask the database itself, whichever it is, past the daemon; `?` stands for a value."""
+        if self.mariadb is not None:
+            return self.mariadb.query(query.replace("?", "%s"), values, database=self.database)
         with contextlib.closing(sqlite3.connect(self.root / "state" / "oscloud.db")) as database:
             rows = database.execute(query, values).fetchall()
             database.commit()
@@ -324,3 +336,5 @@ class Box:
                 os.kill(pid, signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", self.namespace], check=True)
         shutil.rmtree(self.root)
+        if self.mariadb is not None:
+            self.mariadb.drop_database(self.database)

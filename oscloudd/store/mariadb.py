@@ -4,10 +4,12 @@ The only other kind of database than SQLite, and to behave as SQLite does: names
 and by trailing blanks, a value that does not fit is an error, an id is never given twice.
 """
 
+import socket
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import pymysql
 from peewee import MySQLDatabase, PeeweeException
 
 from oscloudd.errors import HostError
@@ -33,7 +35,8 @@ _COMMIT_MARK = "last_commit"
 _LOCK_WAIT_TIMEOUT, _DEADLOCK = 1205, 1213
 # What PyMySQL itself finds: 0 is a connection it has given up, 2000 and more are its own.
 _CLIENT_CODES = {0, *range(2000, 3000)}
-_CAN_NOT_CONNECT = {2002, 2003}
+_NO_SERVER = 2002
+_CAN_NOT_CONNECT = {_NO_SERVER, 2003}
 
 
 class _Connection(MySQLDatabase):
@@ -46,6 +49,13 @@ class _Connection(MySQLDatabase):
     safe_create_index = True  # MariaDB, unlike MySQL, has CREATE INDEX IF NOT EXISTS
     _changed = False
     mark: str | None = None
+
+    def _connect(self) -> Any:
+        parameters = {**self.connect_params, "database": self.database, "autocommit": True}
+        connection = pymysql.connect(**parameters, defer_connect=True)
+        path = parameters.get("unix_socket")
+        connection.connect(None if path is None else _open_socket(path))
+        return connection
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         if not sql.lstrip("( ").startswith("SELECT"):
@@ -113,20 +123,26 @@ class MariaDbBackend:
             )
 
     def keep_copy(self, version: int) -> None:
-        """Copy each table to `before_<version>_<table>`, unless there is such a copy already.
+        """Copy each table to `before_<version>_<table>`, unless there are such copies already.
 
-        That is of an attempt at the same migration that was cut short; the tables may be half
+        Those are of an attempt at the same migration that was cut short; the tables may be half
         migrated by now. To go back: drop the tables and rename the copies to what they were.
         """
         tables = [name for name in self.connection.get_tables() if not name.startswith("before_")]
-        for table in tables:
-            copy = f"before_{version}_{table}"
-            if self.connection.table_exists(copy):
-                continue
-            self.connection.execute_sql("DROP TABLE IF EXISTS `before_copying`")
-            self.connection.execute_sql(f"CREATE TABLE `before_copying` LIKE `{table}`")
-            self.connection.execute_sql(f"INSERT INTO `before_copying` SELECT * FROM `{table}`")  # noqa: S608
-            self.connection.execute_sql(f"RENAME TABLE `before_copying` TO `{copy}`")
+        # Copied last, `meta` says that the others were.
+        for table in sorted(tables, key=lambda name: name == "meta"):
+            if not self.connection.table_exists(f"before_{version}_meta"):
+                self._copy_table(table, f"before_{version}_{table}")
+
+    def _copy_table(self, table: str, copy: str) -> None:
+        for statement in (
+            f"DROP TABLE IF EXISTS `{copy}`",
+            "DROP TABLE IF EXISTS `before_copying`",
+            f"CREATE TABLE `before_copying` LIKE `{table}`",
+            f"INSERT INTO `before_copying` SELECT * FROM `{table}`",  # noqa: S608
+            f"RENAME TABLE `before_copying` TO `{copy}`",
+        ):
+            self.connection.execute_sql(statement)
 
     def ready(self) -> None:
         """Connect anew with the patience of a daemon that serves, not of one that migrates."""
@@ -170,6 +186,18 @@ class MariaDbBackend:
             self.connection.close()
         except Exception:  # PyMySQL raises its own for a connection it has closed itself
             self.connection.dispose()
+
+
+def _open_socket(path: str) -> socket.socket:
+    """Connect to a server of this host; PyMySQL 1.2 leaks the socket where that fails."""
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.settimeout(_CONNECT_SECONDS)
+        line.connect(path)
+    except OSError as error:
+        line.close()
+        raise pymysql.OperationalError(_NO_SERVER, f"{path}: {error}") from error
+    return line
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -67,14 +67,8 @@ def migrate(backend: Backend) -> None:
         )
     if 0 < version < len(MIGRATIONS):
         backend.keep_copy(version)
-    if version == len(MIGRATIONS) and Meta.get_or_none(Meta.name == _VERSION) is not None:
-        return
-    database.create_tables([Meta])
     for number in range(version, len(MIGRATIONS)):
         with database.atomic(*backend.begin):
             MIGRATIONS[number](database)
-            _set_version(number + 1)
-
-
-def _set_version(version: int) -> None:
-    Meta.replace(name=_VERSION, value=str(version)).execute()
+            database.create_tables([Meta])
+            Meta.replace(name=_VERSION, value=str(number + 1)).execute()
