@@ -116,8 +116,10 @@ class _Signals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # A finger that is still on the keys must not end us in the middle of the last words.
+        over = self.cancelling or isinstance(error, _LeftError)
         for number, before in self._before.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_IGN if over else before)
         self._ended = True
         if self._thread is not None:
             self._second.abort()

@@ -6,12 +6,16 @@ over. A ScriptedJob is such a function, and the one that cancels it, too.
 """
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,17 +234,20 @@ def build_environment(daemon: StubDaemon | None, home: Path, **more: str) -> dic
 
 # A test run in the background of a shell inherits SIGINT ignored, and so would its children.
 LAUNCH = (
-    sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    "os.execv(sys.executable, [sys.executable, '-m', 'oscloudctl', *sys.argv[1:]])",
+    sys.executable, "-c", "import os, signal, sys; "
+    "signal.signal(signal.SIGINT, getattr(signal, sys.argv[1])); "
+    "os.execv(sys.executable, [sys.executable, '-m', 'oscloudctl', *sys.argv[2:]])",
 )  # fmt: skip
 
 
 class Running:
     """`oscloudctl` under way, neither stream a terminal; `see` waits for words on one of them."""
 
-    def __init__(self, daemon: StubDaemon, home: Path, *arguments: str) -> None:
+    def __init__(
+        self, daemon: StubDaemon, home: Path, *arguments: str, sigint: str = "SIG_DFL"
+    ) -> None:
         self.process = subprocess.Popen(
-            [*LAUNCH, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [*LAUNCH, sigint, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=build_environment(daemon, home), cwd=home,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -278,6 +285,42 @@ class Running:
         """Wait for its end; give its status and the rest of both streams."""
         status = self.process.wait(DEADLINE_SECONDS)
         return status, str(self.out.read()), str(self.err.read())
+
+
+class Terminal:
+    """`oscloudctl` as the foreground process of a pty of its own."""
+
+    def __init__(self, daemon: StubDaemon, home: Path, *arguments: str, columns: int = 80) -> None:
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.mode = termios.tcgetattr(self.slave)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import fcntl, os, sys, termios; "
+             "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])",
+             *LAUNCH, "SIG_DFL", *arguments],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
+            env=build_environment(daemon, home), cwd=home,
+        )  # fmt: skip
+        self.screen = fdspawn(self.master, timeout=DEADLINE_SECONDS, use_poll=True)
+
+    def see(self, text: bytes) -> bytes:
+        """Wait for `text`; give what came before it."""
+        self.screen.expect_exact(text)
+        before: bytes = self.screen.before
+        return before
+
+    def type(self, text: bytes) -> None:
+        os.write(self.master, text)
+
+    def wait(self) -> int:
+        return self.process.wait(DEADLINE_SECONDS)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
 
 
 class Oscloudctl:

@@ -1,13 +1,7 @@
 """What happens on a terminal: the console, the redrawn line, questions, Ctrl-C. A real pty each."""
 
-import fcntl
-import os
-import pty
 import signal
 import socket
-import struct
-import subprocess
-import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
@@ -15,55 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pexpect.fdpexpect import fdspawn
 from stub_daemon import (
     DEADLINE_SECONDS,
-    LAUNCH,
     VM,
     Call,
     Oscloudctl,
     Raw,
     StubDaemon,
-    build_environment,
+    Terminal,
 )
 
 CTRL_BRACKET = b"\x1d"
-
-
-class Terminal:
-    """`oscloudctl` as the foreground process of a pty of its own."""
-
-    def __init__(self, daemon: StubDaemon, home: Path, *arguments: str, columns: int = 80) -> None:
-        self.master, self.slave = pty.openpty()
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.mode = termios.tcgetattr(self.slave)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "import fcntl, os, sys, termios; "
-             "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])",
-             *LAUNCH, *arguments],
-            stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
-            env=build_environment(daemon, home), cwd=home,
-        )  # fmt: skip
-        self.screen = fdspawn(self.master, timeout=DEADLINE_SECONDS, use_poll=True)
-
-    def see(self, text: bytes) -> bytes:
-        """Wait for `text`; give what came before it."""
-        self.screen.expect_exact(text)
-        before: bytes = self.screen.before
-        return before
-
-    def type(self, text: bytes) -> None:
-        os.write(self.master, text)
-
-    def wait(self) -> int:
-        return self.process.wait(DEADLINE_SECONDS)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
 
 
 @pytest.fixture
