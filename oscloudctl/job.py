@@ -26,6 +26,7 @@ from oscloudd.errors import (
     CloudError,
     DaemonUnreachableError,
     InternalError,
+    InvalidStateError,
     UnavailableError,
 )
 
@@ -149,10 +150,10 @@ def _wait_once(session: Session, job: Target, end: float, *, subject: str) -> Jo
     return answer
 
 
-def build_failure(job: Job) -> CloudError | None:
-    """Give the error a job has ended with, or None for one that is done."""
+def build_failure(job: Job) -> CloudError:
+    """Give the error that a job has ended with, or that it has ended well in spite of a cancel."""
     if job["state"] == "DONE":
-        return None
+        return InvalidStateError(f"it was too late to cancel {describe_job(job)}: it is done")
     if job["state"] == "CANCELLED":
         return CancelledJobError(job["message"] or f"{describe_job(job)} was cancelled")
     kind = ERRORS_BY_KIND.get(job["error_kind"], InternalError)
@@ -175,9 +176,8 @@ def _end_each(
     def end(target: Target) -> Job:
         job = action(target)
         ended.append(job)
-        failure = build_failure(job)
-        if failure is not None and job["state"] != wanted:
-            raise failure
+        if job["state"] != wanted:
+            raise build_failure(job)
         if not as_json:
             click.echo(f"{describe_job(job)}: {job['state'].lower()}")
         return job

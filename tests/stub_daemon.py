@@ -179,6 +179,7 @@ class ScriptedJob:
         self.error: CloudError | None = None
         self.refusal: CloudError | None = None
         self.end = threading.Event()
+        self.begun = threading.Event()
         self.gone = threading.Event()
         self.connections: list[socket.socket] = []
         daemon.jobs.append(self)
@@ -188,6 +189,7 @@ class ScriptedJob:
     def _run(self, call: Call) -> Any:
         self.connections.append(call.stream)
         call.progress("booting", "kernel")
+        self.begun.set()
         threading.Thread(target=self._watch, args=(call,), daemon=True).start()
         assert self.end.wait(DEADLINE_SECONDS)
         if self.error is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stub_daemon import HANG_UP, ROOT, VM, Call, Raw, StubDaemon, no_vm
+from stub_daemon import HANG_UP, ROOT, VM, Call, Raw, StubDaemon, build_event, no_vm
 
 from oscloudctl.client import Client, build_error
 from oscloudd.errors import (
@@ -57,6 +57,52 @@ def test_hands_progress_over_and_skips_other_lines_without_an_id(
     assert client.call("vm_create", {"name": "web"}, on_progress=seen.append) == {"id": 1}
     assert seen == [{"job": 7, "stage": "booting", "message": "kernel", "fraction": 0.5}]
     assert client.call("vm_create") == {"id": 1}, "a client that does not care skips them"
+
+
+def test_a_listener_that_fails_is_not_a_lost_connection(daemon: StubDaemon, client: Client) -> None:
+    def create(call: Call) -> dict[str, int]:
+        call.progress("booting", "kernel")
+        return {"id": 1}
+
+    def fail(_progress: object) -> None:
+        raise BrokenPipeError("standard error is closed")
+
+    daemon.answers.update(vm_create=create, vm_list=[])
+    with pytest.raises(BrokenPipeError, match="standard error"):
+        client.call("vm_create", on_progress=fail)
+    assert client.call("vm_list") == [], "and the answer is not taken for another call's"
+
+
+def test_streams_events_until_the_answer(daemon: StubDaemon, client: Client) -> None:
+    def watch(call: Call) -> dict[str, int]:
+        call.progress("not", "an event")
+        call.event(1)
+        call.send({"method": "event", "params": [1]})
+        call.event(2)
+        return {"latest": 2}
+
+    daemon.answers.update(event_watch=watch, vm_list=[])
+    assert list(client.stream("event_watch", {"since": 0})) == [build_event(1), {}, build_event(2)]
+    assert daemon.params_of("event_watch") == [{"since": 0}]
+    stream = client.stream("event_watch")
+    assert next(stream) == build_event(1)
+    stream.close()
+    assert client.call("vm_list") == [], "on a connection of its own"
+
+
+def test_a_stream_ends_with_the_error_it_is_answered(daemon: StubDaemon, client: Client) -> None:
+    def watch(call: Call) -> None:
+        call.event(1)
+        raise UnavailableError("cut off", since=1)
+
+    daemon.answers["event_watch"] = watch
+    seen: list[object] = []
+    with pytest.raises(UnavailableError) as caught:
+        seen.extend(client.stream("event_watch"))
+    assert caught.value.details == {"since": 1}
+    daemon.answers["event_watch"] = lambda call: call.event(1) or HANG_UP
+    with pytest.raises(DaemonUnreachableError, match="before it answered event_watch"):
+        list(client.stream("event_watch"))
 
 
 def test_reads_an_answer_of_a_thousand_vms(daemon: StubDaemon, client: Client) -> None:

@@ -20,13 +20,20 @@ from stub_daemon import (
     HANG_UP,
     VM,
     Call,
+    ScriptedJob,
     StubDaemon,
     build_environment,
     no_vm,
 )
 
 from oscloudctl.http.main import parse_listen, read_listen
-from oscloudd.errors import AlreadyExistsError, HostError, InvalidArgumentError, NotFoundError
+from oscloudd.errors import (
+    AlreadyExistsError,
+    CancelledJobError,
+    HostError,
+    InvalidArgumentError,
+    NotFoundError,
+)
 
 EIGHT_KEYS = ["disk_size", "id", "ip", "mem_size", "name", "network", "os", "state"]
 CREATE = {"name": "my_vm", "image": "debian_12", "network": "default", "mem_size": "2G",
@@ -148,6 +155,34 @@ def test_the_originals_session(daemon: StubDaemon, shim: Shim) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("route", ["/vm_create", "/vm_start", "/vm_stop"])
+def test_progress_does_not_get_in_the_way(daemon: StubDaemon, shim: Shim, route: str) -> None:
+    def work(call: Call) -> Any:
+        for fraction in (None, 0.5):
+            call.progress("working", "a while", fraction)
+            call.event(1)
+        return VM
+
+    daemon.answers[route[1:]] = work
+    answer = shim.ask("POST", route, {**CREATE, "id": 1})
+    assert (answer.status, json.loads(answer.text)["status"]) == (200, "ok")
+    assert "wait" not in daemon.calls[0][1] or daemon.calls[0][1]["wait"] == "ready"
+
+
+def test_who_hangs_up_cancels_nothing(daemon: StubDaemon, shim: Shim) -> None:
+    job = ScriptedJob(daemon, "vm_stop")
+    body = '{"id": 1}'
+    request = f"POST /vm_stop HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((shim.host, shim.port), DEADLINE_SECONDS) as connection:
+        connection.sendall(f"{request}{body}".encode())
+        assert job.begun.wait(DEADLINE_SECONDS)
+    daemon.answers["vm_list"] = []
+    assert shim.ask("GET", "/vm_list").text == "[]"
+    assert not job.gone.is_set(), "the shim waits on"
+    job.end.set()
+    assert daemon.params_of("job_cancel") == []
+
+
 def test_info_has_the_eight_keys_even_if_one_is_unknown(daemon: StubDaemon, shim: Shim) -> None:
     daemon.answers["vm_info"] = {"id": 1, "name": "x", "pid": 5}
     assert list(json.loads(shim.ask("POST", "/vm_info", {"id": 1}).text)) == EIGHT_KEYS
@@ -203,6 +238,8 @@ def test_forms_and_json_called_a_form(daemon: StubDaemon, shim: Shim) -> None:
         (InvalidArgumentError("mem_size 'x' is not a size", object="vm", name="a"),
          "mem_size 'x' is not a size"),
         (HostError("qemu failed", argv=["qemu"]), "qemu failed"),
+        (CancelledJobError("job 7 (vm_create web) was cancelled"),
+         "job 7 (vm_create web) was cancelled"),
     ],
 )  # fmt: skip
 def test_errors_have_the_originals_words(
