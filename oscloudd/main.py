@@ -15,7 +15,7 @@ from oscloudd.api.dispatch import Dispatcher
 from oscloudd.api.server import Server, bind_socket
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.config import Config, load_config
-from oscloudd.errors import CloudError, UnavailableError
+from oscloudd.errors import CloudError, HostError, UnavailableError
 from oscloudd.host.notify import Notifier
 from oscloudd.store.database import Database
 
@@ -37,6 +37,10 @@ def main() -> None:
         config = load_config(arguments.config)
         with _Lock(config.runtime_path):
             asyncio.run(_serve(config, Notifier()))
+    except OSError as error:
+        _log.error("oscloudd can't go on, and leaves its vms as they are: %s", error)
+        _log.debug("where it happened", exc_info=True)
+        sys.exit(HostError.exit_status)
     except CloudError as error:
         _log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
         sys.exit(error.exit_status)

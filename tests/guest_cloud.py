@@ -47,14 +47,14 @@ _SSH_OPTIONS = ("-F", "none", "-o", "ConnectTimeout=20", "-o", "GlobalKnownHosts
 class GuestCloud:
     """One cloud: its directory, its namespace, its daemon, and a key its guests let in."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, config: str = "") -> None:
         self.root = root
         self.namespace = name
         self.key = root / "id_ed25519"
         self.daemon: subprocess.Popen[bytes] | None = None
         self.client = Client(str(root / "run/oscloudd.sock"))
-        config = _CONFIG.format(root=root, templates=ROOT / "templates")
-        (root / "oscloud.toml").write_text(config)
+        basics = _CONFIG.format(root=root, templates=ROOT / "templates")
+        (root / "oscloud.toml").write_text(basics + config)
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", self.key],
             check=True,
@@ -215,15 +215,27 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def open_cloud(*templates: str, routes: tuple[str, ...] = ()) -> Iterator[GuestCloud]:
-    """Give a running cloud in a new namespace with these templates; `routes` are there before."""
+def open_cloud(
+    *templates: str,
+    routes: tuple[str, ...] = (),
+    state_image: Path | None = None,
+    config: str = "",
+) -> Iterator[GuestCloud]:
+    """Give a running cloud in a new namespace with these templates.
+
+    `routes` are there before it starts, the filesystem in `state_image` is where its state is,
+    `config` is added to its configuration.
+    """
     if os.geteuid() != 0:
         pytest.skip("namespaces need root")
     root = Path(tempfile.mkdtemp(prefix="oscloud-guest-"))
     name = f"osc-{root.name.rpartition('-')[2]}".replace(".", "")
     subprocess.run([NETNS, "up", name], check=True, stdout=subprocess.DEVNULL)
     try:
-        cloud = GuestCloud(root, name)
+        cloud = GuestCloud(root, name, config)
+        if state_image is not None:
+            (root / "state").mkdir()
+            subprocess.run(["mount", "-o", "loop", state_image, root / "state"], check=True)
         try:
             for route in routes:
                 cloud.run("ip", "route", "add", *route.split())
@@ -235,6 +247,8 @@ def open_cloud(*templates: str, routes: tuple[str, ...] = ()) -> Iterator[GuestC
             yield cloud
         finally:
             cloud.close()
+            if state_image is not None:
+                subprocess.run(["umount", root / "state"], check=True)
     finally:
         subprocess.run([NETNS, "down", name], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(root)

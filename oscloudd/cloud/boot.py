@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.vm_paths import vm_paths
@@ -21,6 +23,11 @@ _log = logging.getLogger(__name__)
 # debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
 BOOT_SECONDS = 600.0
 
+# A dialogue holds a thread for as long as its guest takes to ask; more guests than this at once
+# wait for one another. Not the loop's own pool: that has six threads on two processors, and six
+# guests that hang would hold up everything else.
+_DIALOGUES = 1000
+
 
 class Boot:
     """Attends to guests that have begun to run, new and adopted."""
@@ -28,6 +35,7 @@ class Boot:
     def __init__(self, config: Config, states: VmStates) -> None:
         self._config = config
         self._states = states
+        self._dialogues = ThreadPoolExecutor(_DIALOGUES, thread_name_prefix="dialogue")
 
     async def attend(self, vm: VmRecord, held: Held) -> None:
         """Open the serial port and see the guest through its boot, in the background."""
@@ -57,7 +65,7 @@ class Boot:
         if document:
             held.on_stage("booting", "waiting for the guest's first boot")
             line = held.qemu.console.attach_socket(with_history=True)
-            await _tell(line, document)
+            await self._tell(line, document)
             await self._states.record_identified(vm.id)
         held.on_stage("ready", f"waiting for sshd at {vm.ip}")
         await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
@@ -65,20 +73,18 @@ class Boot:
             await self._states.record_identified(vm.id)
         await self._states.record_ready(vm.id)
 
-
-async def _tell(line: socket.socket, document: str) -> None:
-    telling = asyncio.ensure_future(
-        asyncio.to_thread(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
-    )
-    try:
-        await asyncio.shield(telling)
-    finally:
-        # The thread waits in poll(2), which a shutdown ends and a close does not; and closed under
-        # it, the descriptor would be another's by the time it reads.
-        with suppress(OSError):
-            line.shutdown(socket.SHUT_RDWR)
-        await asyncio.gather(telling, return_exceptions=True)
-        line.close()
+    async def _tell(self, line: socket.socket, document: str) -> None:
+        tell = partial(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
+        telling = asyncio.get_running_loop().run_in_executor(self._dialogues, tell)
+        try:
+            await asyncio.shield(telling)
+        finally:
+            # The thread waits in poll(2), which a shutdown ends and a close does not; and closed
+            # under it, the descriptor would be another's by the time it reads.
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+            await asyncio.gather(telling, return_exceptions=True)
+            line.close()
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -15,6 +15,7 @@ from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
+from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.reconcile import Reconciler
@@ -71,6 +72,7 @@ class Cloud:
         self.networks = Networks(config, database)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
+        self._leftovers = Leftovers(config, database, self.networks, self.events)
         self._supervisor = Supervisor(
             config, database, self.states, self.networks, self.templates, user, self._accelerator
         )
@@ -86,12 +88,15 @@ class Cloud:
         self._reconciler = Reconciler(
             config, database, self.states, self._supervisor, steps, operations, self._keeper
         )
-        self.doctor = Doctor(config, self.networks, self.templates, user, self._accelerator)
+        self.doctor = Doctor(
+            config, self.networks, self.templates, user, self._accelerator, self._leftovers
+        )
         self._background: list[asyncio.Task[None]] = []
 
     async def prepare(self) -> None:
         """Do what must be done before anybody may ask for anything; asks no qemu."""
         await asyncio.to_thread(self.templates.remove_leftovers)
+        await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self._reconciler.prepare()
 
@@ -116,6 +121,7 @@ class Cloud:
         """Sweep out what nobody owns and forget what is old, now and then."""
         while True:
             for work in (
+                self._leftovers.sweep,
                 self.events.prune,
                 self.jobs.prune,
                 self._database.refill_ballast,

@@ -48,7 +48,7 @@ class Doctor:
         templates: Templates,
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
-        leftovers: Leftovers | None = None,
+        leftovers: Leftovers,
     ) -> None:
         self._config = config
         self._networks = networks
@@ -134,7 +134,7 @@ class Doctor:
         return "ok", f"ready: {', '.join(ready)}", ""
 
     async def _look_at_leftovers(self) -> tuple[Verdict, str, str]:
-        strangers = [] if self._leftovers is None else await self._leftovers.look()
+        strangers = await self._leftovers.look()
         if not strangers:
             return "ok", "everything here is in the database", ""
         return (

@@ -166,7 +166,7 @@ def insert_job(
     params: dict[str, Any] | None = None,
 ) -> JobRow:
     """Write the row of a new job, inside the transaction that decides on it."""
-    row = JobRow.create(
+    row: JobRow = JobRow.create(
         kind=kind,
         target=target,
         vm_id=vm_id,

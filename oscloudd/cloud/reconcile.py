@@ -21,7 +21,7 @@ from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, ExhaustedError, NotFoundError
+from oscloudd.errors import ExhaustedError, NotFoundError
 from oscloudd.host.processes import boot_id, is_same_process
 from oscloudd.store.database import Database
 from oscloudd.store.models import Job as JobRow
@@ -65,6 +65,7 @@ class Reconciler:
         self._ids = await self._database.run(lambda: [vm.id for vm in read_vms()])
         for vm_id in self._ids:
             await self._operations.lock(vm_id).acquire()
+            self._supervisor.expect(vm_id)
 
     async def run(self) -> None:
         """Judge all vms side by side, and go on with what was being done to them."""
@@ -152,10 +153,13 @@ class Reconciler:
         try:
             async with asyncio.timeout(_JUDGING_SECONDS):
                 await self._judge(vm, is_busy=is_busy)
-        except (CloudError, OSError) as error:
-            _log.warning("vm %d (%s) can't be judged: %s", vm.id, vm.name, error)
-            reason = f"it could not be judged: {error or 'it took too long'}"
+        except Exception as error:
+            # Whatever it is, the others are judged, and this one is left as it is.
+            _log.exception("vm %d (%s) can't be judged", vm.id, vm.name)
+            reason = f"it could not be judged: {str(error) or 'it took too long'}"
             await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
+        finally:
+            self._supervisor.judged(vm.id)
 
     async def _judge(self, vm: VmRecord, *, is_busy: bool) -> None:
         if vm.state in (VmState.CREATING, VmState.DELETING) and not is_busy:

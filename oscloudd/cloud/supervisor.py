@@ -68,6 +68,7 @@ class Supervisor:
         self._held: dict[int, Held] = {}
         self._boot = Boot(config, states)
         self._heartbeat = Heartbeat(config, states, self._attend_again)
+        self._expected: dict[int, asyncio.Event] = {}
         self.on_ended: Callable[[int], None] = lambda _vm_id: None
 
     def find(self, vm_id: int) -> Qemu | None:
@@ -85,6 +86,21 @@ class Supervisor:
                 state=vm.state,
             )
         return qemu
+
+    def expect(self, vm_id: int) -> None:
+        """A vm of an earlier daemon is about to be judged; `judged` says when it has been."""
+        self._expected[vm_id] = asyncio.Event()
+
+    def judged(self, vm_id: int) -> None:
+        """Whether a vm of an earlier daemon runs is known now."""
+        self._expected.pop(vm_id).set()
+
+    async def get_judged(self, vm: VmRecord) -> Qemu:
+        """Give the qemu of a vm as `get` does, once it is known whether there is one."""
+        expected = self._expected.get(vm.id)
+        if expected is not None:
+            await expected.wait()
+        return self.get(vm)
 
     async def bring_up_network(self, vm: VmRecord) -> None:
         """Have the vm's bridge and the firewall in place."""

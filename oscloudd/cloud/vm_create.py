@@ -37,6 +37,7 @@ from oscloudd.errors import (
 from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
 from oscloudd.host.images import image_info
 from oscloudd.host.keys import HostKeys, make_host_keys
+from oscloudd.host.network.links import numbers_in_use, permanent_addresses
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
@@ -226,9 +227,13 @@ class _Given:
 def _allocate(network: NetworkRecord, wanted_ip: str | None) -> _Given:
     taken = list(Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples())
     addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
+    taps = {tap for _, _, tap, _ in taken}
+    # A vm that no row knows of may run here, as after an older copy of the database was put back.
+    addresses |= permanent_addresses(network.bridge)
+    taps |= numbers_in_use("osctap")
     return _Given(
         ip=allocate_address(network.subnet, addresses, wanted_ip, network=network.name),
-        tap_index=first_free_index({tap for _, _, tap, _ in taken}),
+        tap_index=first_free_index(taps),
         serial_port=first_free_serial_port({port for _, _, _, port in taken}),
     )
 

@@ -128,14 +128,15 @@ class Vms:
     async def console(self, key: int | str) -> Attachment:
         """Attach to a vm's serial line, its last output first; the caller closes it."""
         vm = await self._read(key)
-        return self._supervisor.get(vm).console.attach(with_history=True)
+        return (await self._supervisor.get_judged(vm)).console.attach(with_history=True)
 
     async def qemu_command(self, key: int | str, command: str, arguments: dict[str, Any]) -> Any:
         """Run one QMP command; raises HostError with qemu's own words."""
         vm = await self._read(key)
         if vm.state == VmState.CREATING:
             raise InvalidStateError(f"vm {vm.name!r} is still being made", state=vm.state)
-        return await self._supervisor.get(vm).monitor.execute(command, arguments)
+        qemu = await self._supervisor.get_judged(vm)
+        return await qemu.monitor.execute(command, arguments)
 
     async def _read(self, key: int | str) -> VmRecord:
         return await self._database.run(lambda: read_vm(key))
