@@ -72,8 +72,10 @@ class Server:
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: Connection(self._commons, self._begin, self._open.discard),
             sock=listener,
-            backlog=_BACKLOG,
+            # So many asyncio accepts in one go; and without descriptors it complains as often.
+            backlog=1,
         )
+        listener.listen(_BACKLOG)
 
     async def stop(self) -> None:
         """Take no more connections and end those there are."""
