@@ -24,7 +24,7 @@ from daemon_process import Box, Line, RpcError
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death
 from fake_qemu import install_fake_qemu
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -99,18 +99,30 @@ def check_accounted(box: Box) -> None:
         time.sleep(0.01)
 
 
-def settle(box: Box, limit_seconds: float = SETTLE_SECONDS) -> None:
-    """Wait until the daemon has nothing to do any more, neither a job nor a state to leave."""
+def is_settled(box: Box) -> bool:
+    """Tell whether there is nothing under way, neither a job nor a state to leave."""
     busy = "SELECT id FROM job WHERE state = 'RUNNING'"
     moving = "SELECT id FROM vm WHERE state IN ('CREATING', 'STARTING', 'STOPPING', 'DELETING')"
+    return not box.rows(busy) and not box.rows(moving)
+
+
+def settle_or_die(box: Box, limit_seconds: float = SETTLE_SECONDS) -> bool:
+    """Wait until the daemon has nothing to do any more; False when it has died before."""
     end = time.monotonic() + limit_seconds
-    while box.rows(busy) or box.rows(moving):
-        assert box.daemon is None or box.daemon.poll() is None, tail(box)
+    while not is_settled(box):
+        if box.daemon is not None and box.daemon.poll() is not None:
+            return False
         if time.monotonic() > end:
             jobs = box.rows("SELECT * FROM job WHERE state = 'RUNNING'")
             vms = box.rows("SELECT id, name, state, reason FROM vm")
             raise AssertionError(f"does not settle: {jobs} {vms}\n{tail(box)}")
         time.sleep(0.003)
+    return True
+
+
+def settle(box: Box, limit_seconds: float = SETTLE_SECONDS) -> None:
+    """Wait until the daemon has nothing to do any more."""
+    assert settle_or_die(box, limit_seconds), tail(box)
 
 
 # Asking a daemon that may die
@@ -251,13 +263,14 @@ class Arena:
     box: ZygoteBox = field(init=False)
     kills: Counter[str] = field(default_factory=Counter)
     wanted_kills: int = 1
+    failure: BaseException | None = None
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _is_open: bool = False
 
     @property
     def is_over(self) -> bool:
         """Whether enough have been killed: the rest of the steps that were drawn does nothing."""
-        return self.kills.total() >= self.wanted_kills
+        return self.failure is not None or self.kills.total() >= self.wanted_kills
 
     def address(self, name: str) -> str:
         return f"192.168.7.{10 + self.names.index(name)}"
@@ -400,10 +413,9 @@ class CloudMachine(RuleBasedStateMachine):
         self.story.append(what)
         try:
             yield
-        except BaseException:
-            for line in (*self.story, f"with {self.model}", tail(self.box)):
-                note(line)
-            print("\n".join(self.story), tail(self.box), sep="\n")
+        except BaseException as error:
+            self.arena.failure = error
+            print(*self.story, tail(self.box), sep="\n")
             self.arena.discard()
             raise
 
@@ -457,6 +469,8 @@ class CloudMachine(RuleBasedStateMachine):
             self.kill("recovery")
         self.box.start()
         settle(self.box)
+        # A vm shows what the last daemon knew of it until this one has taken hold of its qemu.
+        check_accounted(self.box)
 
     def kill_qemu(self, name: str) -> bool:
         """Kill a vm's qemu and wait for its end; False when it has none."""
@@ -569,7 +583,11 @@ def play(arena: Arena, kills: int, seed: int) -> None:
     batch = 0
     while not arena.is_over:
         machine = type("Machine", (CloudMachine,), {"arena": arena})
-        run_state_machine_as_test(seeded(seed * 1000 + batch)(machine), settings=rules)
+        try:
+            run_state_machine_as_test(seeded(seed * 1000 + batch)(machine), settings=rules)
+        except BaseException as error:
+            # Hypothesis tries again what has failed, and finds it flaky: the instant was another.
+            raise (arena.failure or error) from None
         batch += 1
     print(f"seed {seed}: {arena.kills.total()} kills: {dict(arena.kills.most_common())}")
 

@@ -2,7 +2,8 @@
 
 The hook is put in from here, by replacing functions of the program; the program knows nothing of
 it. A test writes a `Death` to a file beside the configuration and signals SIGUSR1; the daemon reads
-it, removes the file, and counts from there. `arm` does that, and may be called again.
+it, removes the file, and counts from there. `arm` does that, and may be called again. A file that
+is there when a daemon starts is read then.
 
     python tests/dying_daemon.py --config PATH
 """
@@ -14,7 +15,6 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,15 +68,19 @@ def hook_path(config: Path) -> Path:
     return config.with_name("death.json")
 
 
+def write_death(config: Path, death: Death | None) -> Path:
+    path = hook_path(config)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(death and dataclasses.asdict(death)))
+    return new.rename(path)
+
+
 def arm(config: Path, pid: int, death: Death | None) -> None:
     """Have the daemon of this configuration die at `death`, or not at all with None.
 
     Returns when it knows; also when it is dead.
     """
-    path = hook_path(config)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(death and dataclasses.asdict(death)))
-    new.rename(path)
+    path = write_death(config, death)
     pidfd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGUSR1)
@@ -98,27 +102,31 @@ def install(hook: Hook) -> None:
     _hook_processes(hook)
     _hook_steps(hook)
     signal.signal(signal.SIGUSR1, hook.read)
+    if hook.path.exists():
+        hook.read()
 
 
 def _hook_transactions(hook: Hook) -> None:
     from oscloudd.store.database import Database
 
-    run = Database.run
+    do = Database._do
 
-    @functools.wraps(run)
-    async def dying_run(self: Any, work: Callable[[], Any], *more: Any, **named: Any) -> Any:
+    @functools.wraps(do)
+    def dying_do(self: Any, piece: Any) -> Any:
         number = hook.count("transaction")
+        work = piece.work
 
         def dying_work() -> Any:
             result = work()
             hook.reach("transaction", "before", number)
             return result
 
-        result = await run(self, dying_work, *more, **named)
+        piece.work = dying_work
+        result = do(self, piece)
         hook.reach("transaction", "after", number)
         return result
 
-    Database.run = dying_run
+    Database._do = dying_do
 
 
 def _hook_processes(hook: Hook) -> None:

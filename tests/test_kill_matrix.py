@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloud_model import Question, check_accounted, settle, tail
+from cloud_model import Question, check_accounted, settle, settle_or_die, tail
+from daemon_process import LIMIT_SECONDS
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death
 
 from oscloudd.cloud.operations import OPERATIONS
 
 ADDRESS, OTHER_ADDRESS = "192.168.7.7", "192.168.7.8"
+# Every so many-th transaction of a recovery is killed; `make kills` takes them all.
+STRIDE = int(os.environ.get("OSCLOUD_KILL_STRIDE", "5"))
 # More than any operation has of anything; beyond it, counting does not work.
 MOST = 60
 
@@ -153,10 +156,11 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     return web
 
 
-def kill_at(bench: Bench, kind: str, death: Death) -> bool:
+def kill_at(bench: Bench, kind: str, death: Death, again: Death | None = None) -> bool:
     """Ask for an operation, have the daemon die there, and look what the next one makes of it.
 
-    False when the operation had ended before the daemon got there.
+    With `again` that one is to die there, too, counted from its start. False when a daemon had
+    come to rest before it was to die.
     """
     box, case = bench.open(), CASES[kind]
     try:
@@ -165,25 +169,37 @@ def kill_at(bench: Bench, kind: str, death: Death) -> bool:
         box.arm(death)
         with Question(box, case.method, **case.params) as question:
             question.read()
-        if question.is_answered:
-            box.arm(None)
-            assert question.error is None, question.error
-        died = not question.is_answered or box.daemon.poll() is not None
+        assert question.error is None, question.error
+        died = is_dead(box) or not question.is_answered
+        if died and again is not None:
+            wait_for_death(box)
+            died = not (box.start_or_die(again) and settle_or_die(box)) or is_dead(box)
         if died:
-            assert box.daemon.wait(10) == -signal.SIGKILL
+            wait_for_death(box)
             box.start()
         settle(box)
-        judge(box, case, was, last_job, must_be_finished=question.is_answered)
         check_accounted(box)
+        judge(box, case, was, last_job, must_be_finished=question.is_answered)
         assert box.call("vm_info", vm="shop")["pid"] == bench.bystander["pid"]
         if not others(box):
             box.call("vm_create", **CREATION)
             check_accounted(box)
     except BaseException:
-        print(f"{kind}: {death}\n{tail(box)}")
+        print(f"{kind}: {death}, {again}\n{tail(box)}")
         bench.discard()
         raise
     return died
+
+
+def is_dead(box: ZygoteBox) -> bool:
+    """Tell whether the daemon has died; from here on it will not."""
+    if box.daemon.poll() is None:
+        box.arm(None)
+    return box.daemon.poll() is not None
+
+
+def wait_for_death(box: ZygoteBox) -> None:
+    assert box.daemon.wait(LIMIT_SECONDS) == -signal.SIGKILL
 
 
 def judge(
@@ -220,3 +236,13 @@ def test_killed_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
         number += 1
         assert number < MOST
     print(f"{kind}: killed {when} {number - 1} {at}(s)")
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_killed_at_transactions_of_the_recovery(bench: Bench, kind: str) -> None:
+    first_step = Death("step", 1, "before", kind)
+    number = 1
+    while kill_at(bench, kind, first_step, Death("transaction", number, "after")):
+        number += STRIDE
+        assert number < MOST
+    print(f"{kind}: killed after transactions 1 to {number - STRIDE} of the recovery")
