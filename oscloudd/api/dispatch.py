@@ -4,10 +4,12 @@ Turns every error into its code, words and kind; an exception nobody expected be
 number, and its text stays in the log.
 """
 
+import asyncio
 import difflib
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 import msgspec
@@ -29,6 +31,8 @@ from oscloudd.errors import (
 
 _log = logging.getLogger(__name__)
 _encoder = msgspec.json.Encoder()
+# One is read while another is put into words; a log on a slow disk may hold up a third.
+_LISTS_AT_ONCE = 3
 
 
 class Dispatcher:
@@ -36,7 +40,11 @@ class Dispatcher:
 
     def __init__(self, cloud: Cloud) -> None:
         self.event_stream = EventStream(cloud.events)
-        self._methods = {name: _bind(name, method, cloud) for name, method in METHODS.items()}
+        lists = asyncio.Semaphore(_LISTS_AT_ONCE)
+        self._methods = {
+            name: _bind(name, method, cloud, lists if method.is_list else nullcontext())
+            for name, method in METHODS.items()
+        }
 
     async def answer(self, request: bytes, caller: Caller) -> bytes | None:
         """Give the answer to one request, or None to a notification."""
@@ -60,13 +68,16 @@ def error_answer(failure: CloudError) -> bytes:
     return _encoder.encode({"jsonrpc": "2.0", "error": error, "id": None})
 
 
-def _bind(name: str, method: Method, cloud: Cloud) -> Callable[..., Any]:
+def _bind(
+    name: str, method: Method, cloud: Cloud, turn: AbstractAsyncContextManager[None]
+) -> Callable[..., Any]:
     async def call(caller: Caller, /, *positional: Any, **params: Any) -> Result:
         try:
             if positional:
                 return Error(-32602, f"{name}: parameters are named, never positional", _kind())
             checked = convert_params(name, params, method.shape)
-            return Success(await method.handler(cloud, checked, caller))
+            async with turn:
+                return Success(await method.handler(cloud, checked, caller))
         except CloudError as error:
             return Error(error.code, error.message, error.as_data())
         except Exception:

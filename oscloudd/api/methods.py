@@ -49,10 +49,15 @@ _MAX_PASSWORD_LENGTH = 256
 
 @dataclass(frozen=True)
 class Method:
-    """A method's parameters and what runs it."""
+    """A method's parameters and what runs it.
+
+    One with `is_list` costs more the more there is: only a few run at once, and the others wait,
+    so that no flood of them makes somebody wait who wants to know of one vm.
+    """
 
     shape: type[Params]
     handler: Callable[[Cloud, Any, Caller], Awaitable[object]]
+    is_list: bool = False
 
 
 async def _daemon_info(cloud: Cloud, _params: Params, caller: Caller) -> object:
@@ -172,7 +177,7 @@ METHODS: dict[str, Method] = {
     "daemon_info": Method(Params, _daemon_info),
     "daemon_doctor": Method(Params, lambda cloud, _, __: cloud.doctor.examine()),
     "vm_create": Method(VmCreateParams, _vm_create),
-    "vm_list": Method(Params, lambda cloud, _, __: cloud.vms.list()),
+    "vm_list": Method(Params, lambda cloud, _, __: cloud.vms.list(), is_list=True),
     "vm_info": Method(VmParams, lambda cloud, params, _: cloud.vms.info(params.vm)),
     "vm_start": Method(VmStartParams, _vm_start),
     "vm_stop": Method(VmStopParams, _vm_stop),
@@ -183,22 +188,22 @@ METHODS: dict[str, Method] = {
     "vm_rename": Method(VmRenameParams, _vm_rename),
     "vm_set": Method(VmSetParams, _vm_set),
     "vm_wait": Method(VmWaitParams, _vm_wait),
-    "vm_log": Method(VmLogParams, _vm_log),
+    "vm_log": Method(VmLogParams, _vm_log, is_list=True),
     "vm_console": Method(VmParams, _vm_console),
     "vm_qemu_command": Method(VmQemuCommandParams, _vm_qemu_command),
-    "disk_list": Method(Params, lambda cloud, _, __: cloud.disks.list()),
+    "disk_list": Method(Params, lambda cloud, _, __: cloud.disks.list(), is_list=True),
     "disk_info": Method(DiskParams, lambda cloud, params, _: cloud.disks.info(params.disk)),
-    "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list()),
+    "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list(), is_list=True),
     "network_info": Method(
         NetworkParams, lambda cloud, params, _: cloud.networks.info(params.network)
     ),
-    "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list()),
+    "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list(), is_list=True),
     "template_info": Method(
         TemplateParams, lambda cloud, params, _: cloud.templates.info(params.template)
     ),
     "template_build": Method(TemplateJobParams, _template_build),
     "template_download": Method(TemplateJobParams, _template_download),
-    "job_list": Method(JobListParams, _job_list),
+    "job_list": Method(JobListParams, _job_list, is_list=True),
     "job_info": Method(JobParams, _job_info),
     "job_wait": Method(JobWaitParams, _job_wait),
     "job_cancel": Method(JobParams, _job_cancel),
