@@ -12,6 +12,7 @@ from oscloudctl.output import make_printable
 from oscloudctl.reconnect import Patience
 from oscloudctl.report import EXIT_INTERRUPTED
 from oscloudctl.session import Session, pass_session, socket_option
+from oscloudctl.vm import describe_state
 from oscloudd.errors import DaemonUnreachableError, UnavailableError
 
 Event = dict[str, Any]
@@ -115,7 +116,7 @@ def describe(event: Event) -> str:
     if event.get("kind") == "job":
         return _describe_job(event.get("job"), data)
     if event.get("kind") == "vm_state":
-        return _describe_state(data)
+        return describe_state(data)
     return str(data.get("message") or json.dumps(data, ensure_ascii=False))
 
 
@@ -125,9 +126,3 @@ def _describe_job(job: Any, data: dict[str, Any]) -> str:
     if stage and state == "RUNNING":
         words += f", {stage}"
     return f"{words}: {data['message']}" if data.get("message") else words
-
-
-def _describe_state(data: dict[str, Any]) -> str:
-    state, wanted = data.get("state"), data.get("wanted_state")
-    words = f"{state}" if wanted in (None, state) else f"{state} (wanted {wanted})"
-    return f"{words}: {data['reason']}" if data.get("reason") else words

@@ -4,6 +4,7 @@ Loads a command's module only when it is the one asked for.
 """
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -107,4 +108,11 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> NoReturn:
     """Be the program."""
-    sys.exit(run())
+    try:
+        status = run()
+    except KeyboardInterrupt:  # in the middle of the last words
+        status = EXIT_INTERRUPTED
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # As an exception it would find nobody, and show a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

@@ -65,14 +65,18 @@ def _print_troubles(rows: list[dict[str, Any]]) -> None:
 
 def find_trouble(vm: dict[str, Any]) -> str | None:
     """Give a sentence about a vm that came to rest in another state than its user wanted."""
-    state, reason = vm["state"], make_printable(str(vm.get("reason") or ""))
-    wanted = vm.get("wanted_state") or state
-    if state not in _AT_REST or (state == wanted and not reason):
+    state = vm["state"]
+    if state not in _AT_REST or state == vm.get("wanted_state"):
         return None
-    if state == "STOPPED" and wanted == "STOPPED":
-        return None
-    note = "" if state == wanted else f" (wanted {wanted})"
-    return f"{vm['name']} is {state}{note}" + (f": {reason}" if reason else "")
+    return make_printable(f"{vm['name']} is {describe_state(vm)}")
+
+
+def describe_state(vm: dict[str, Any]) -> str:
+    """Put the state of a vm, or of an event about one, into words: what is, was wanted, and why."""
+    state, wanted = vm.get("state"), vm.get("wanted_state")
+    differs = state in _AT_REST and wanted not in (None, state)
+    words = f"{state} (wanted {wanted})" if differs else f"{state}"
+    return f"{words}: {vm['reason']}" if vm.get("reason") else words
 
 
 @click.command("vm-info")

@@ -1,5 +1,6 @@
 """Every command as a process against the scripted daemon: what it sends, prints and exits with."""
 
+import io
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from stub_daemon import (
     no_vm,
 )
 
+from oscloudctl import progress
 from oscloudctl.catalogue import COMMANDS
 from oscloudd.errors import ERRORS_BY_KIND, InUseError, OperationTimeoutError
 
@@ -238,14 +240,22 @@ def test_progress_is_plain_lines_when_nobody_watches(ctl: Oscloudctl, daemon: St
     ]  # fmt: skip
 
 
-def test_what_is_over_at_once_shows_no_progress(ctl: Oscloudctl, daemon: StubDaemon) -> None:
-    def stop(call: Call) -> Any:
-        call.progress("stopping", "the power button")
-        return {**VM, "state": "STOPPED"}
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    daemon.answers["vm_stop"] = stop
-    done = ctl("vm-stop", "web")
-    assert (done.stdout, done.stderr) == ("web: STOPPED\n", "")
+
+@pytest.mark.parametrize("stream", [io.StringIO, Screen])
+def test_what_is_over_at_once_shows_no_progress(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
+) -> None:
+    for limit in ("_QUICK_SECONDS", "_QUICK_PLAIN_SECONDS"):
+        monkeypatch.setattr(progress, limit, DEADLINE_SECONDS * 1000)
+    monkeypatch.setattr(sys, "stderr", written := stream())
+    with progress.ProgressLine() as line:
+        line.show({"job": 7, "stage": "stopping", "message": "the power button"})
+        line.show({"job": 7, "stage": "off", "message": "", "fraction": "garbled"})
+    assert written.getvalue() == ""
 
 
 @pytest.mark.parametrize(

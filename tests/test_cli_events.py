@@ -77,6 +77,8 @@ def test_a_line_has_time_number_kind_name_and_words(ctl: Oscloudctl, daemon: Stu
                                        "reason": "powered off"}},
          "STOPPED (wanted RUNNING): powered off"),
         ({"kind": "vm_state", "data": {"state": "DELETED", "wanted_state": "DELETED"}}, "DELETED"),
+        ({"kind": "vm_state", "data": {"state": "CREATING", "wanted_state": "RUNNING"}},
+         "CREATING"),
         ({"kind": "job", "job": 7, "data": {"kind": "vm_create", "state": "RUNNING",
                                             "stage": "booting", "message": ""}},
          "job 7 vm_create RUNNING, booting"),

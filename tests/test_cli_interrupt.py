@@ -19,6 +19,7 @@ from stub_daemon import (
     Terminal,
 )
 
+from oscloudctl import main
 from oscloudd.errors import HostError, InvalidStateError, PermissionDeniedError
 
 CANCELLING = "Cancelling job 7 … (Ctrl-C again leaves it running)"
@@ -179,8 +180,16 @@ def test_a_job_that_fails_while_it_is_cancelled(
     assert running.end() == (10, "", f"{CANCELLING}\nError: qemu is gone\n")
 
 
-def test_before_there_is_a_job_ctrl_c_just_leaves(
-    daemon: StubDaemon, start: Callable[..., Running]
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGINT, 130, "\nInterrupted.\n"), (signal.SIGTERM, 143, "")],
+)
+def test_before_there_is_a_job_both_just_leave(
+    daemon: StubDaemon,
+    start: Callable[..., Running],
+    number: signal.Signals,
+    status: int,
+    words: str,
 ) -> None:
     asked, left = threading.Event(), threading.Event()
 
@@ -193,8 +202,8 @@ def test_before_there_is_a_job_ctrl_c_just_leaves(
     daemon.answers["vm_stop"] = hang
     running = start("vm-stop", "web", begun=False)
     assert asked.wait(DEADLINE_SECONDS)
-    running.interrupt()
-    assert running.end() == (130, "", "\nInterrupted.\n")
+    running.process.send_signal(number)
+    assert running.end() == (status, "", words)
     assert left.wait(DEADLINE_SECONDS)
     assert daemon.params_of("job_cancel") == []
 
@@ -238,6 +247,20 @@ def test_a_daemon_that_dies_under_a_job_leaves_word_of_it(
     status, _, stderr = running.end()
     assert status == 12
     assert "Hint: the next daemon goes on with it: oscloudctl job-wait 7\n" in stderr
+
+
+def test_ctrl_c_in_the_middle_of_the_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "run", run)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            main.main()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ignored_sigint_stays_ignored(daemon: StubDaemon, tmp_path: Path) -> None:
