@@ -58,7 +58,7 @@ bench: ## Measure against a bare qemu, side by side
 kills: ## Kill the daemon 1,000 times with a fake qemu, 30 with real guests  [ARGS="--seed 7"]
 	@$(CHECKOUT)/install --test
 	OSCLOUD_KILL_STRIDE=1 .venv/bin/pytest -q tests/test_kill_matrix.py
-	.venv/bin/python tests/cloud_model.py $(ARGS)
+	.venv/bin/python tests/kill_arena.py $(ARGS)
 
 .PHONY: soak
 soak: ## Make and remove vms for half an hour; look what leaks  [ARGS="--minutes 5"]

@@ -1,170 +1,23 @@
-"""What a cloud must be like, whoever was killed: a model of its vms, and what accounts for what.
+"""A model of a cloud, a dict of vms by name, which hypothesis drives side by side with a cloud.
 
-The model is a dict of vms by name. Hypothesis drives it and a cloud side by side: whatever a user
-was told stays true, and what a daemon died in is finished or undone. `check_accounted` compares all
-traces of vms on the host with what the vms in the list account for.
+Whatever a user was told stays true, and what a daemon died in is finished or undone; which of the
+two, the model learns from the cloud.
 """
 
-import argparse
 import contextlib
-import json
 import os
-import random
-import shutil
 import signal
-import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from daemon_process import Box, Line, RpcError
-from daemon_zygote import ZygoteBox
+from cloud_accounts import SETTLE_SECONDS, Question, check_accounted, settle, tail
 from dying_daemon import Death
-from fake_qemu import install_fake_qemu
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import seed as seeded
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-SETTLE_SECONDS = 20.0
 DOWN = ("STOPPED", "CRASHED", "ERROR")
-
-
-def tail(box: Box, characters: int = 5000) -> str:
-    """Give the end of the daemons' log, without who has asked for what."""
-    lines = box.log()[-10 * characters :].splitlines(keepends=True)
-    return "".join(line for line in lines if " oscloudd.api." not in line)[-characters:]
-
-
-# What there must be
-
-
-def expected_traces(box: Box) -> dict[str, Any]:
-    """Give what `Box.traces` must find when the vms of the list are all there is."""
-    vms = box.call("vm_list")
-    taps = dict(box.rows("SELECT id, tap_interface_idx FROM vm"))
-    live = [vm for vm in vms if vm["pid"] is not None]
-    logs = [f"log/vm-{vm['id']}{kind}.log" for vm in vms for kind in ("", ".console")]
-    expected: dict[str, Any] = {
-        "vm rows": sorted((vm["id"], vm["name"]) for vm in vms),
-        "disk rows": sorted(vm["disk"] for vm in vms),
-        "taps": sorted(f"osctap{taps.get(vm['id'])}" for vm in live),
-        "addresses": sorted(vm["ip"] for vm in live),
-        "ports": sorted(f"127.0.0.1:{vm['serial_port']}" for vm in live),
-        "processes": sorted(vm["pid"] for vm in live),
-        "run directories": sorted(f"run/vms/{vm['id']}" for vm in live),
-        "disks": sorted(f"state/disks/{vm['disk']}" for vm in vms),
-        "logs": sorted(logs),
-    }
-    return {name: what for name, what in expected.items() if what}
-
-
-def seen_traces(box: Box) -> dict[str, Any]:
-    """Give what there is, without what tests themselves have put there."""
-    seen = box.traces()
-    down = {vm["ip"] for vm in box.call("vm_list") if vm["pid"] is None}
-    seen["vm rows"] = sorted(seen.get("vm rows", []))
-    seen["disk rows"] = sorted(number for number, _name in seen.get("disk rows", []))
-    # A vm that is down keeps its address, and its neighbour entry may stay.
-    seen["addresses"] = [ip for ip in seen.get("addresses", []) if ip not in down]
-    # Stand-ins for sshd; the telnet ports are all on one address.
-    seen["ports"] = [port for port in seen.get("ports", []) if not port.endswith(":22")]
-    return {name: what for name, what in seen.items() if what}
-
-
-def check_accounted(box: Box) -> None:
-    """Assert that everything on the host belongs to a vm of the list, and that nothing is missing.
-
-    What ends a moment after the answer about it gets that moment.
-    """
-    end = time.monotonic() + 10
-    while (seen := seen_traces(box)) != (expected := expected_traces(box)):
-        if time.monotonic() > end:
-            names = sorted({*seen, *expected})
-            wrong = {
-                name: {"seen": seen.get(name), "expected": expected.get(name)}
-                for name in names
-                if seen.get(name) != expected.get(name)
-            }
-            raise AssertionError(f"{wrong}\n{tail(box)}")
-        time.sleep(0.01)
-
-
-def is_settled(box: Box) -> bool:
-    """Tell whether there is nothing under way, neither a job nor a state to leave."""
-    busy = "SELECT id FROM job WHERE state = 'RUNNING'"
-    moving = "SELECT id FROM vm WHERE state IN ('CREATING', 'STARTING', 'STOPPING', 'DELETING')"
-    return not box.rows(busy) and not box.rows(moving)
-
-
-def settle_or_die(box: Box, limit_seconds: float = SETTLE_SECONDS) -> bool:
-    """Wait until the daemon has nothing to do any more; False when it has died before."""
-    end = time.monotonic() + limit_seconds
-    while not is_settled(box):
-        if box.daemon is not None and box.daemon.poll() is not None:
-            return False
-        if time.monotonic() > end:
-            jobs = box.rows("SELECT * FROM job WHERE state = 'RUNNING'")
-            vms = box.rows("SELECT id, name, state, reason FROM vm")
-            raise AssertionError(f"does not settle: {jobs} {vms}\n{tail(box)}")
-        time.sleep(0.003)
-    return True
-
-
-def settle(box: Box, limit_seconds: float = SETTLE_SECONDS) -> None:
-    """Wait until the daemon has nothing to do any more."""
-    assert settle_or_die(box, limit_seconds), tail(box)
-
-
-# Asking a daemon that may die
-
-
-class Question:
-    """One request under way; what there is of an answer can be read after the daemon's death."""
-
-    def __init__(self, box: Box, method: str, **params: Any) -> None:
-        self.what = f"{method} {params}"
-        self.line = Line(box.socket_path)
-        self.result: Any = None
-        self.error: RpcError | None = None
-        self.is_answered = False
-        self.progress = 0
-        request = {"jsonrpc": "2.0", "method": method, "params": params, "id": 7}
-        self.line.send(json.dumps(request).encode() + b"\n")
-
-    def __enter__(self) -> "Question":
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.line.__exit__()
-
-    def read(self, *, until_progress: int | None = None) -> bool:
-        """Read to the answer, or so many notifications of progress; False at the line's end."""
-        while not self.is_answered and self.progress != until_progress:
-            try:
-                message = self.line.receive()
-            except (AssertionError, ConnectionError):  # cut off
-                return False
-            if message.get("method") == "progress":
-                self.progress += 1
-                continue
-            self.is_answered = True
-            self.result = message.get("result")
-            if "error" in message:
-                self.error = RpcError(message["error"])
-        return True
-
-
-# The model
 
 
 @dataclass(frozen=True)
@@ -248,55 +101,6 @@ def plan(verb: str, name: str, known: Known, new_name: str) -> Act:
     return Act(f"vm_{method}", params, name, outcome)
 
 
-@dataclass
-class Arena:
-    """Where the machine plays: a cloud, made anew when a play in it failed, and the score.
-
-    `addresses` are those of guests that answer as an sshd does; `longest_wait_us` bounds the wait
-    before a kill.
-    """
-
-    open_box: Any
-    names: tuple[str, ...]
-    creation: dict[str, Any]
-    longest_wait_us: int
-    box: ZygoteBox = field(init=False)
-    kills: Counter[str] = field(default_factory=Counter)
-    wanted_kills: int = 1
-    failure: BaseException | None = None
-    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _is_open: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether enough have been killed: the rest of the steps that were drawn does nothing."""
-        return self.failure is not None or self.kills.total() >= self.wanted_kills
-
-    def address(self, name: str) -> str:
-        return f"192.168.7.{10 + self.names.index(name)}"
-
-    def ensure_open(self) -> None:
-        if not self._is_open:
-            self.box = self.open_box()
-            self._is_open = True
-            self.box.start()
-            if "image" not in self.creation:
-                for name in self.names:
-                    self._stack.enter_context(self.box.sshd_at(self.address(name)))
-
-    def discard(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            self._stack.close()
-            self.box.discard()
-
-    def close(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            self._stack.close()
-            self.box.close()
-
-
 picks = st.integers(0, 9)
 moments = st.one_of(
     st.tuples(st.just("time"), st.integers(0, 1000)),
@@ -314,7 +118,7 @@ def goes_on(machine: Any) -> bool:
 class CloudMachine(RuleBasedStateMachine):
     """Plays with the vms of an arena; subclasses say which. Nothing is shrunk: time matters."""
 
-    arena: ClassVar[Arena]
+    arena: ClassVar[Any]  # a kill_arena.Arena
 
     def __init__(self) -> None:
         super().__init__()
@@ -517,98 +321,3 @@ class CloudMachine(RuleBasedStateMachine):
         now = {vm["name"]: Known.of(vm) for vm in self.box.call("vm_list")}
         assert now == self.model, (now, self.model)
         check_accounted(self.box)
-
-
-# Playing
-
-
-class RealBox(ZygoteBox):
-    """A box with the real qemu and the guest `tiny`."""
-
-    def __init__(self) -> None:
-        binary = shutil.which("qemu-system-x86_64")
-        assert binary is not None
-        super().__init__(Path(binary))
-        template = tiny_template()
-        shutil.copytree(template, self.root / "state/templates/tiny")
-
-
-def tiny_template() -> Path:
-    """Give the built template `tiny`; builds it if nobody has."""
-    from guest_cloud import _kept_path, open_cloud
-
-    if not _kept_path("tiny").exists():
-        with open_cloud("tiny"):
-            pass
-    return _kept_path("tiny")
-
-
-@contextlib.contextmanager
-def fake_arena(binary: Path) -> Iterator[Arena]:
-    creation = {"mem_size": "64M", "disk_size": "16M", "wait": "ready"}
-    names = ("web", "shop", "blog", "mail")
-    with closing(Arena(lambda: ZygoteBox(binary), names, creation, 200_000)) as arena:
-        yield arena
-
-
-@contextlib.contextmanager
-def real_arena() -> Iterator[Arena]:
-    creation = {"image": "tiny", "mem_size": "256M", "disk_size": "1G", "wait": "ready"}
-    with closing(Arena(RealBox, ("web", "shop", "blog"), creation, 6_000_000)) as arena:
-        yield arena
-
-
-@contextlib.contextmanager
-def closing(arena: Arena) -> Iterator[Arena]:
-    try:
-        yield arena
-    except BaseException:
-        arena.discard()
-        raise
-    arena.close()
-
-
-def play(arena: Arena, kills: int, seed: int) -> None:
-    """Play until so many daemons have been killed; what is drawn depends on the seed only."""
-    print(f"seed {seed}: at least {kills} kills", flush=True)
-    rules = settings(
-        max_examples=10,
-        stateful_step_count=40,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    arena.wanted_kills = kills
-    batch = 0
-    while not arena.is_over:
-        machine = type("Machine", (CloudMachine,), {"arena": arena})
-        try:
-            run_state_machine_as_test(seeded(seed * 1000 + batch)(machine), settings=rules)
-        except BaseException as error:
-            # Hypothesis tries again what has failed, and finds it flaky: the instant was another.
-            raise (arena.failure or error) from None
-        batch += 1
-    print(f"seed {seed}: {arena.kills.total()} kills: {dict(arena.kills.most_common())}")
-
-
-def main() -> None:
-    """Do what `make kills` promises."""
-    parser = argparse.ArgumentParser(description="Kill the daemon at random, very often.")
-    parser.add_argument("--fake", type=int, default=1000, help="kills with the fake qemu")
-    parser.add_argument("--real", type=int, default=30, help="kills with real guests")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    options = parser.parse_args()
-    begun = time.monotonic()
-    with install_fake_qemu() as binary, fake_arena(binary) as arena:
-        play(arena, options.fake, options.seed)
-    print(f"fake qemu: {time.monotonic() - begun:.0f} s", flush=True)
-    begun = time.monotonic()
-    with real_arena() as arena:
-        play(arena, options.real, options.seed)
-    print(f"real qemu: {time.monotonic() - begun:.0f} s")
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    main()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloud_model import Question, check_accounted, settle, settle_or_die, tail
+from cloud_accounts import Question, check_accounted, settle, settle_or_die, tail
 from daemon_process import LIMIT_SECONDS
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
-from cloud_model import fake_arena, play, real_arena
+from kill_arena import fake_arena, play, real_arena
 
 KILLS = 120
 REAL_KILLS = 4

@@ -1,0 +1,138 @@
+"""What there is of vms on a host against what the list accounts for; asking a daemon that dies.
+
+`check_accounted` is the invariant of every kill: nothing of a vm is missing, and nothing else is
+there.
+"""
+
+import json
+import time
+from typing import Any
+
+from daemon_process import Box, Line, RpcError
+
+SETTLE_SECONDS = 20.0
+
+
+def tail(box: Box, characters: int = 5000) -> str:
+    """Give the end of the daemons' log, without who has asked for what."""
+    lines = box.log()[-10 * characters :].splitlines(keepends=True)
+    return "".join(line for line in lines if " oscloudd.api." not in line)[-characters:]
+
+
+# What there must be
+
+
+def expected_traces(box: Box) -> dict[str, Any]:
+    """Give what `Box.traces` must find when the vms of the list are all there is."""
+    vms = box.call("vm_list")
+    taps = dict(box.rows("SELECT id, tap_interface_idx FROM vm"))
+    live = [vm for vm in vms if vm["pid"] is not None]
+    logs = [f"log/vm-{vm['id']}{kind}.log" for vm in vms for kind in ("", ".console")]
+    expected: dict[str, Any] = {
+        "vm rows": sorted((vm["id"], vm["name"]) for vm in vms),
+        "disk rows": sorted(vm["disk"] for vm in vms),
+        "taps": sorted(f"osctap{taps.get(vm['id'])}" for vm in live),
+        "addresses": sorted(vm["ip"] for vm in live),
+        "ports": sorted(f"127.0.0.1:{vm['serial_port']}" for vm in live),
+        "processes": sorted(vm["pid"] for vm in live),
+        "run directories": sorted(f"run/vms/{vm['id']}" for vm in live),
+        "disks": sorted(f"state/disks/{vm['disk']}" for vm in vms),
+        "logs": sorted(logs),
+    }
+    return {name: what for name, what in expected.items() if what}
+
+
+def seen_traces(box: Box) -> dict[str, Any]:
+    """Give what there is, without what tests themselves have put there."""
+    seen = box.traces()
+    down = {vm["ip"] for vm in box.call("vm_list") if vm["pid"] is None}
+    seen["vm rows"] = sorted(seen.get("vm rows", []))
+    seen["disk rows"] = sorted(number for number, _name in seen.get("disk rows", []))
+    # A vm that is down keeps its address, and its neighbour entry may stay.
+    seen["addresses"] = [ip for ip in seen.get("addresses", []) if ip not in down]
+    # Stand-ins for sshd; the telnet ports are all on one address.
+    seen["ports"] = [port for port in seen.get("ports", []) if not port.endswith(":22")]
+    return {name: what for name, what in seen.items() if what}
+
+
+def check_accounted(box: Box) -> None:
+    """Assert that everything on the host belongs to a vm of the list, and that nothing is missing.
+
+    What ends a moment after the answer about it gets that moment.
+    """
+    end = time.monotonic() + 10
+    while (seen := seen_traces(box)) != (expected := expected_traces(box)):
+        if time.monotonic() > end:
+            names = sorted({*seen, *expected})
+            wrong = {
+                name: {"seen": seen.get(name), "expected": expected.get(name)}
+                for name in names
+                if seen.get(name) != expected.get(name)
+            }
+            raise AssertionError(f"{wrong}\n{tail(box)}")
+        time.sleep(0.01)
+
+
+def is_settled(box: Box) -> bool:
+    """Tell whether there is nothing under way, neither a job nor a state to leave."""
+    busy = "SELECT id FROM job WHERE state = 'RUNNING'"
+    moving = "SELECT id FROM vm WHERE state IN ('CREATING', 'STARTING', 'STOPPING', 'DELETING')"
+    return not box.rows(busy) and not box.rows(moving)
+
+
+def settle_or_die(box: Box, limit_seconds: float = SETTLE_SECONDS) -> bool:
+    """Wait until the daemon has nothing to do any more; False when it has died before."""
+    end = time.monotonic() + limit_seconds
+    while not is_settled(box):
+        if box.daemon is not None and box.daemon.poll() is not None:
+            return False
+        if time.monotonic() > end:
+            jobs = box.rows("SELECT * FROM job WHERE state = 'RUNNING'")
+            vms = box.rows("SELECT id, name, state, reason FROM vm")
+            raise AssertionError(f"does not settle: {jobs} {vms}\n{tail(box)}")
+        time.sleep(0.003)
+    return True
+
+
+def settle(box: Box, limit_seconds: float = SETTLE_SECONDS) -> None:
+    """Wait until the daemon has nothing to do any more."""
+    assert settle_or_die(box, limit_seconds), tail(box)
+
+
+# Asking a daemon that may die
+
+
+class Question:
+    """One request under way; what there is of an answer can be read after the daemon's death."""
+
+    def __init__(self, box: Box, method: str, **params: Any) -> None:
+        self.what = f"{method} {params}"
+        self.line = Line(box.socket_path)
+        self.result: Any = None
+        self.error: RpcError | None = None
+        self.is_answered = False
+        self.progress = 0
+        request = {"jsonrpc": "2.0", "method": method, "params": params, "id": 7}
+        self.line.send(json.dumps(request).encode() + b"\n")
+
+    def __enter__(self) -> "Question":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.line.__exit__()
+
+    def read(self, *, until_progress: int | None = None) -> bool:
+        """Read to the answer, or so many notifications of progress; False at the line's end."""
+        while not self.is_answered and self.progress != until_progress:
+            try:
+                message = self.line.receive()
+            except (AssertionError, ConnectionError):  # cut off
+                return False
+            if message.get("method") == "progress":
+                self.progress += 1
+                continue
+            self.is_answered = True
+            self.result = message.get("result")
+            if "error" in message:
+                self.error = RpcError(message["error"])
+        return True
