@@ -105,6 +105,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.runtime_dir)
 
     @property
+    def keys_path(self) -> Path:
+        """Where private keys are made; emptied at start."""
+        return self.runtime_path / "keys"
+
+    @property
     def log_path(self) -> Path:
         """What is kept for people."""
         return Path(self.log_dir)

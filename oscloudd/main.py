@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 from oscloudd import __version__
@@ -20,6 +21,10 @@ from oscloudd.host.notify import Notifier
 from oscloudd.store.database import Database
 
 _log = logging.getLogger("oscloudd")
+
+# A daemon killed between fork and exec of a command leaves a child with its lock for a moment.
+_LOCK_SECONDS = 2.0
+_LOCK_RETRY_SECONDS = 0.05
 
 # 4,000 connections and some 5,000 vms.
 _MAX_DESCRIPTORS = 65536
@@ -76,13 +81,22 @@ class _Lock:
 
     def __enter__(self) -> None:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not self._try_lock():
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"another oscloudd has {self._path}",
+                    hint="it is left alone; stop it first, or give this one a runtime_dir of its "
+                    "own",
+                )
+            time.sleep(_LOCK_RETRY_SECONDS)
+
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UnavailableError(
-                f"another oscloudd has {self._path}",
-                hint="it is left alone; stop it first, or give this one a runtime_dir of its own",
-            ) from error
+        except BlockingIOError:
+            return False
+        return True
 
     def __exit__(self, *_exception: object) -> None:
         os.close(self._fd)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import time
 from collections import Counter
 
@@ -96,6 +97,7 @@ class Cloud:
     async def prepare(self) -> None:
         """Do what must be done before anybody may ask for anything; asks no qemu."""
         await asyncio.to_thread(self.templates.remove_leftovers)
+        shutil.rmtree(self.config.keys_path, ignore_errors=True)
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self._reconciler.prepare()

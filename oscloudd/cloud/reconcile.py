@@ -174,9 +174,11 @@ class Reconciler:
                     await self._states.forget_process(vm.id)
                 else:
                     await self._states.change(lambda: _write_ended(vm, boot_id()))
-        elif not is_busy and vm.state not in DOWN_STATES:
+        elif not is_busy:
+            # The directory of one that ended unseen, and perhaps a qemu that nobody wrote down.
             await self._steps.end_stray(vm)
-            await self._states.change(lambda: _write_ended(vm, boot_id()))
+            if vm.state not in DOWN_STATES:
+                await self._states.change(lambda: _write_ended(vm, boot_id()))
 
 
 def _write_ended(vm: VmRecord, boot: str) -> None:

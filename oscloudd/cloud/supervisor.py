@@ -168,6 +168,9 @@ class Supervisor:
         """Wait until the guest has its identity and its sshd answers; raises what went wrong."""
         held = self._held.get(vm_id)
         if held is None or held.settling is None:
+            seen = await self._states.find(vm_id)
+            if held is not None and seen is not None and seen.ready:
+                return  # an earlier daemon saw it through
             await self.released(vm_id)
             raise await self._ended_early(vm_id)
         held.listen(on_stage)

@@ -93,7 +93,7 @@ class VmCreator:
         """
         template = self._templates.get_ready(request.image)
         await self._check_fits(request, template)
-        keys = await make_host_keys()
+        keys = await make_host_keys(self._config.keys_path)
         row = await self._insert(request, template, keys, order)
         job, task = await self._operations.begin_made(row, order)
         if request.wait == "none" or not order.wait:
