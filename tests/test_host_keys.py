@@ -20,7 +20,7 @@ ED25519 = encode(b"ssh-ed25519", b"k" * 32)
 
 
 def test_host_keys_fit_together_and_differ_each_time(tmp_path: Path) -> None:
-    keys, others = (asyncio.run(make_host_keys(tmp_path / "keys")) for _ in range(2))
+    keys, others = (asyncio.run(make_host_keys(tmp_path)) for _ in range(2))
     for private, public in (
         (keys.ed25519_private, keys.ed25519_public),
         (keys.ecdsa_private, keys.ecdsa_public),

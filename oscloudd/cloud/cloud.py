@@ -98,6 +98,7 @@ class Cloud:
         """Do what must be done before anybody may ask for anything; asks no qemu."""
         await asyncio.to_thread(self.templates.remove_leftovers)
         shutil.rmtree(self.config.keys_path, ignore_errors=True)
+        self.config.keys_path.mkdir(mode=0o700)
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self._reconciler.prepare()

@@ -44,7 +44,6 @@ async def make_host_keys(below: Path) -> HostKeys:
 
     They are files below `below` for a moment, which are left there when we are killed.
     """
-    below.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=below) as directory:
         ed25519, ecdsa = await asyncio.gather(
             _make_key(Path(directory), "ed25519"), _make_key(Path(directory), "ecdsa")
