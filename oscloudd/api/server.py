@@ -18,14 +18,13 @@ import msgspec
 from oscloudd.api.caller import Caller
 from oscloudd.api.connection import BadLineError, Commons, Connection, Limits
 from oscloudd.api.dispatch import Dispatcher, error_answer
+from oscloudd.api.listener import Listener
 from oscloudd.errors import UnavailableError
 from oscloudd.host.processes import PeerCredentials
 from oscloudd.machine.console import Attachment, carry
 
 _log = logging.getLogger(__name__)
 
-# asyncio's default of 100 refused 499 of 1000 connections made at once.
-_BACKLOG = 1024
 _STOP_SECONDS = 5.0
 _DISCARD_SECONDS = 1.0
 
@@ -59,7 +58,7 @@ class Server:
         self._dispatcher = dispatcher
         self._limits = limits or Limits()
         self._most = self._limits.connections
-        self._server: asyncio.Server | None = None
+        self._listener: Listener | None = None
         self._open: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_full = False
@@ -69,19 +68,15 @@ class Server:
         # The other half is for vms, which take about eight descriptors each.
         self._most = min(self._limits.connections, getrlimit(RLIMIT_NOFILE)[0] // 2)
         self._commons = Commons(self._limits)
-        self._server = await asyncio.get_running_loop().create_unix_server(
-            lambda: Connection(self._commons, self._begin, self._open.discard),
-            sock=listener,
-            # So many asyncio accepts in one go; and without descriptors it complains as often.
-            backlog=1,
+        self._listener = Listener(
+            listener, lambda: Connection(self._commons, self._begin, self._open.discard)
         )
-        listener.listen(_BACKLOG)
 
     async def stop(self) -> None:
         """Take no more connections and end those there are."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
+        await self._listener.close()
         for task in list(self._tasks):
             task.cancel()
         with suppress(TimeoutError):
