@@ -9,13 +9,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, TypeVar
 
 import msgspec
 
 from oscloudd.cloud.changes import Changes
-from oscloudd.cloud.events import EventKind, insert_event
+from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, tell_job
 from oscloudd.cloud.missing import missing
 from oscloudd.errors import CancelledJobError, CloudError, InvalidStateError
 from oscloudd.store.database import Database
@@ -28,15 +27,6 @@ T = TypeVar("T")
 # Finished jobs are looked at for a while; then only what they made is of interest.
 KEPT_SECONDS = 7 * 86400
 KEPT_JOBS = 2000
-
-
-class JobState(StrEnum):
-    """Where a job is."""
-
-    RUNNING = "RUNNING"
-    DONE = "DONE"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -156,35 +146,6 @@ class Job:
             self._inner.cancel()
 
 
-def insert_job(
-    kind: str,
-    target: str,
-    owner_uid: int,
-    *,
-    stage: str = "",
-    vm_id: int | None = None,
-    params: dict[str, Any] | None = None,
-) -> JobRow:
-    """Write the row of a new job, inside the transaction that decides on it."""
-    row: JobRow = JobRow.create(
-        kind=kind,
-        target=target,
-        vm_id=vm_id,
-        state=JobState.RUNNING,
-        stage=stage,
-        params=msgspec.json.encode(params or {}).decode(),
-        owner_uid=owner_uid,
-        created_at=time.time(),
-    )
-    _tell(row, JobState.RUNNING, stage)
-    return row
-
-
-def _tell(row: JobRow, state: str, stage: str, message: str = "") -> None:
-    data = {"kind": row.kind, "state": state, "stage": stage, "message": message}
-    insert_event(EventKind.JOB, row.target, data, vm_id=row.vm_id, job_id=row.id)
-
-
 class Jobs:
     """All jobs; `close` lets go of those under way, and the next daemon sees to them."""
 
@@ -278,7 +239,7 @@ class Jobs:
 
         def write() -> None:
             JobRow.update(step=number, stage=next_stage).where(JobRow.id == job.id).execute()
-            _tell(JobRow.get_by_id(job.id), JobState.RUNNING, next_stage)
+            tell_job(JobRow.get_by_id(job.id), JobState.RUNNING, next_stage)
 
         await self._database.run_when_available(write)
         job.mark_done(number)
@@ -353,29 +314,3 @@ class Jobs:
             created_at=row.created_at,
             finished_at=row.finished_at,
         )
-
-
-def finish_job(
-    job_id: int, state: JobState, message: str = "", kind: str = "", *, stage: str | None = None
-) -> None:
-    """Write a job's end, inside a transaction; what its steps needed, secrets too, is forgotten."""
-    row = JobRow.get_or_none(JobRow.id == job_id)
-    if row is None:
-        return
-    row.state, row.message, row.error_kind = state, message, kind
-    row.stage = row.stage if stage is None else stage
-    row.finished_at, row.params = time.time(), "{}"
-    row.save()
-    _tell(row, state, row.stage, message)
-
-
-def running_jobs() -> list[JobRow]:
-    """Read the jobs that have not ended, oldest first, inside a transaction."""
-    return list(JobRow.select().where(JobRow.state == JobState.RUNNING).order_by(JobRow.id))
-
-
-def taken_up_again(row: JobRow) -> JobRow:
-    """Count one more daemon that works on a job, inside a transaction."""
-    row.attempts += 1
-    row.save()
-    return row

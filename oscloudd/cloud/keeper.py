@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 from oscloudd.cloud.events import Events
-from oscloudd.cloud.jobs import Order, running_jobs
+from oscloudd.cloud.job_rows import running_jobs
+from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.restart_policy import Restarts, should_restart
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from oscloudd.cloud.jobs import Job, Jobs, Order, insert_job, taken_up_again
+from oscloudd.cloud.job_rows import insert_job, taken_up_again
+from oscloudd.cloud.jobs import Job, Jobs, Order
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.errors import HostError

@@ -11,7 +11,7 @@ import logging
 
 import msgspec
 
-from oscloudd.cloud.jobs import JobState, finish_job, insert_job, running_jobs
+from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, running_jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import OPERATIONS, Operations

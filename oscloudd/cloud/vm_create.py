@@ -18,7 +18,8 @@ from oscloudd.cloud.allocation import (
     first_free_serial_port,
     mac_of,
 )
-from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order, insert_job
+from oscloudd.cloud.job_rows import insert_job
+from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.operations import OPERATIONS, Operations
