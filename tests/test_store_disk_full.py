@@ -113,6 +113,31 @@ def test_with_ballast_rows_are_deleted_and_changed(disk: Path) -> None:
     with_database(disk, run_it)
 
 
+def take_all(disk: Path) -> None:
+    """Take every block that is free by now, and leave SQLite's log as it is."""
+    with (disk / "more").open("ab", buffering=0) as more, contextlib.suppress(OSError):
+        while True:
+            more.write(b"x" * 4096)
+
+
+def test_what_the_ballast_gave_is_not_lost_to_whoever_fills_the_disk(disk: Path) -> None:
+    async def run_it(database: Database) -> None:
+        await database.run(add_jobs)
+        fill(disk)
+        await database.run(delete_some)
+        for number in range(300):
+            take_all(disk)
+            await database.run(change_all)
+            await database.run(
+                lambda number=number: Job.create(
+                    kind="y", target=f"{number}", state="x" * 9, owner_uid=0, created_at=0.0
+                )
+            )
+        assert await database.run(lambda: Job.select().count()) == 310
+
+    with_database(disk, run_it)
+
+
 def test_ballast_is_laid_in_again_when_there_is_space_to_spare(disk: Path) -> None:
     ballast = disk / "ballast"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import filecmp
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from peewee import SqliteDatabase
 from oscloudd.store.backend import Verdict
 from oscloudd.store.ballast import Ballast
 
+_log = logging.getLogger(__name__)
 BALLAST_BYTES = 8 << 20
+# Of the ballast, what the file and what its log get, and how long the log may become by itself.
+_RESERVE_BYTES = 3 << 20
+_LOG_PAGES = 500
 # What a disk without a free byte makes of an attempt to write or to open.
 _FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 
@@ -31,7 +36,13 @@ class SqliteBackend:
         self.hint = f"look whether the disk of {path.parent} is full, read-only or failing"
         # FULL makes a commit survive a power cut; measured at 0.25 ms a commit in WAL mode.
         self.connection = SqliteDatabase(
-            str(path), pragmas={"journal_mode": "wal", "synchronous": "full", "foreign_keys": 1}
+            str(path),
+            pragmas={
+                "journal_mode": "wal",
+                "synchronous": "full",
+                "foreign_keys": 1,
+                "wal_autocheckpoint": _LOG_PAGES,
+            },
         )
 
     def prepare(self) -> None:
@@ -77,8 +88,29 @@ class SqliteBackend:
         """Free the ballast if it is the disk that is full: then the same may be tried again."""
         full = any(code in _FULL_CODES for code in _codes(error))
         if full and self._ballast.is_disk_full() and self._ballast.free():
+            self._take_reserve()
             return Verdict.AGAIN
         return Verdict.REFUSED
+
+    def _take_reserve(self) -> None:
+        """Turn the space of the ballast into unused pages of the file and of its log.
+
+        What is merely free on a full disk is gone at once: whoever filled it goes on.
+        """
+        if self.connection.is_closed():
+            return
+        connection = self.connection.connection()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE reserve (pages BLOB)")
+            connection.execute("INSERT INTO reserve VALUES (randomblob(?))", (_RESERVE_BYTES,))
+            connection.execute("DROP TABLE reserve")
+            connection.execute("COMMIT")
+            connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        except sqlite3.Error as error:
+            _log.warning("no pages could be kept in reserve: %s", error)
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
 
     def unsettled(self) -> None:
         """Give None: what is not committed here did not happen."""
