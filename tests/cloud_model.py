@@ -161,12 +161,12 @@ class CloudMachine(RuleBasedStateMachine):
     kill_the_daemon_doing_something = kill_the_daemon_doing
     kill_the_daemon_doing_that = kill_the_daemon_doing
 
-    @precondition(goes_on)
+    @precondition(lambda self: self.model and goes_on(self))
     @rule(again=again, pick=picks, qemu_too=st.booleans())
     def kill_the_idle_daemon(self, again: int | None, pick: int, qemu_too: bool) -> None:
         with self.telling(f"killed at rest and {again}, qemu {pick} too: {qemu_too}"):
             self.kill("nothing")
-            if qemu_too and self.model:
+            if qemu_too:
                 self.kill_qemu(self.pick(pick))
             self.recover(again)
             self.look()

@@ -28,13 +28,14 @@ class Arena:
     """Where the machine plays: a cloud, made anew when a play in it failed, and the score.
 
     `addresses` are those of guests that answer as an sshd does; `longest_wait_us` bounds the wait
-    before a kill.
+    before a kill, `steps` is how many a play has at most.
     """
 
     open_box: Callable[[], ZygoteBox]
     names: tuple[str, ...]
     creation: dict[str, Any]
     longest_wait_us: int
+    steps: int
     box: ZygoteBox = field(init=False)
     kills: Counter[str] = field(default_factory=Counter)
     wanted_kills: int = 1
@@ -97,14 +98,14 @@ def tiny_template() -> Path:
 def fake_arena(binary: Path) -> Iterator[Arena]:
     creation = {"mem_size": "64M", "disk_size": "16M", "wait": "ready"}
     names = ("web", "shop", "blog", "mail")
-    with closing(Arena(lambda: ZygoteBox(binary), names, creation, 200_000)) as arena:
+    with closing(Arena(lambda: ZygoteBox(binary), names, creation, 200_000, 40)) as arena:
         yield arena
 
 
 @contextlib.contextmanager
 def real_arena() -> Iterator[Arena]:
     creation = {"image": "tiny", "mem_size": "256M", "disk_size": "1G", "wait": "ready"}
-    with closing(Arena(RealBox, ("web", "shop", "blog"), creation, 6_000_000)) as arena:
+    with closing(Arena(RealBox, ("web", "shop", "blog"), creation, 6_000_000, 10)) as arena:
         yield arena
 
 
@@ -123,7 +124,7 @@ def play(arena: Arena, kills: int, seed: int) -> None:
     print(f"seed {seed}: at least {kills} kills", flush=True)
     rules = settings(
         max_examples=10,
-        stateful_step_count=40,
+        stateful_step_count=arena.steps,
         phases=[Phase.generate],
         deadline=None,
         database=None,
