@@ -97,6 +97,11 @@ class _Signals:
         self._silence_seconds = silence_seconds
         self._cancels = cancels
         self._ended = False
+        # A handler may be interrupted by the next signal between any two of its steps. Taking the
+        # lock is one, and a thread that is half started can't be joined.
+        self._once = threading.Lock()
+        self._starting = False
+        self._left: int | None = None
         # A connection of its own: the first one waits for the answer.
         self._second = Client(session.client.socket_path)
         self._thread: threading.Thread | None = None
@@ -132,12 +137,18 @@ class _Signals:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             sys.exit(128 + number)
-        if number != signal.SIGINT or self.cancelling or not self._cancels:
+        if self._starting:
+            self._left = number
+            return
+        if number != signal.SIGINT or not self._cancels or not self._once.acquire(blocking=False):
             raise _LeftError(number)
-        self.cancelling = self._session.interrupted = True
+        self._starting = self.cancelling = self._session.interrupted = True
         # Not here: a stream must not be written to in the middle of another write to it.
         self._thread = threading.Thread(target=self._cancel, daemon=True)
         self._thread.start()
+        self._starting = False
+        if self._left is not None:
+            raise _LeftError(self._left)
 
     def _cancel(self) -> None:
         job = self.job

@@ -48,7 +48,8 @@ class ProgressLine:
         traceback: TracebackType | None,
     ) -> None:
         self._finished.set()
-        if self._thread is not None:
+        # A signal may have ended the call before the thread was all there.
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
         if self._redrawn and self._text and not self._quick:
             _write(_CLEAR_LINE)
