@@ -15,16 +15,17 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 TCG_CODE_CACHE_MIB = 64
 
 # Numbers of qemu's descriptor sets; "/dev/fdset/N" is what a block or character device opens.
-_DISK_SET, _BASE_SET, _SEED_SET, _CONSOLE_LOG_SET = 1, 2, 3, 4
+_DISK_SET, _BASE_SET, _SEED_SET, _CONSOLE_LOG_SET, _FROZEN_SET = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
 class Descriptors:
     """Open files a qemu inherits, by their numbers in it; whoever opened them closes them.
 
-    `disk` is read-write, `base` and `seed` read-only, `console_log` write-only with O_APPEND: qemu
-    takes from a set only what has the very access mode it wants. `kernel` and `initrd` are opened
-    again through /proc/self/fd, so qemu's user must be allowed to read those files.
+    `disk` is read-write, `base`, `frozen` and `seed` read-only, `console_log` write-only with
+    O_APPEND: qemu takes from a set only what has the very access mode it wants. `frozen` is a qcow2
+    between `base` and `disk`. `kernel`, `initrd` and `memory` are opened again through
+    /proc/self/fd, so qemu's user must be allowed to read those files, and to write `memory`.
     """
 
     monitor: int
@@ -32,9 +33,11 @@ class Descriptors:
     console_log: int
     disk: int
     base: int | None = None
+    frozen: int | None = None
     seed: int | None = None
     kernel: int | None = None
     initrd: int | None = None
+    memory: int | None = None
     tap: int | None = None
 
     def numbers(self) -> tuple[int, ...]:
@@ -44,7 +47,11 @@ class Descriptors:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What the machine is to be, without the files it stands on."""
+    """What the machine is to be, without the files it stands on.
+
+    With a memory file, `memory_shared` writes what the guest writes into it, and without it the
+    guest keeps that to itself. An `incoming` machine has no state until one is restored.
+    """
 
     name: str
     uuid: str
@@ -56,6 +63,8 @@ class MachineSpec:
     machine_type: str = "q35"
     base_format: str = "qcow2"
     cmdline: str = ""
+    memory_shared: bool = False
+    incoming: bool = False
 
 
 def build_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
@@ -63,7 +72,7 @@ def build_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
     return [
         spec.binary,
         *_process_arguments(spec),
-        *_processor_arguments(spec),
+        *_processor_arguments(spec, descriptors),
         *_channel_arguments(descriptors),
         *_boot_arguments(spec, descriptors),
         *_disk_arguments(spec, descriptors),
@@ -101,18 +110,35 @@ def _process_arguments(spec: MachineSpec) -> list[str]:
         *("-display", "none"),
         *("-sandbox", SANDBOX),
         "-S",
+        *(("-incoming", "defer") if spec.incoming else ()),
     ]
 
 
-def _processor_arguments(spec: MachineSpec) -> list[str]:
+def _processor_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
     return [
-        *("-machine", f"{spec.machine_type},usb=off,vmport=off"),
+        *_memory_arguments(spec, descriptors),
         *("-accel", accelerator_argument(spec.accelerator)),
         *("-cpu", cpu_model(spec.accelerator)),
         *("-smp", f"cpus={spec.cpus},sockets=1"),
         *("-m", f"size={spec.memory_bytes // (1 << 20)}M"),
         *("-rtc", "base=utc"),
     ]
+
+
+def _memory_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
+    machine = f"{spec.machine_type},usb=off,vmport=off"
+    if descriptors.memory is None:
+        return ["-machine", machine]
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": "memory0",
+        "size": spec.memory_bytes,
+        "mem-path": f"/proc/self/fd/{descriptors.memory}",
+        "share": spec.memory_shared,
+    }
+    # The state's description of itself stands behind its end, where a cut would not be noticed.
+    machine += ",memory-backend=memory0,suppress-vmdesc=on"
+    return ["-object", _json(memory), "-machine", machine]
 
 
 def _channel_arguments(descriptors: Descriptors) -> list[str]:
@@ -143,9 +169,15 @@ def _disk_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
     if descriptors.base is not None:
         arguments += _add_descriptor(descriptors.base, _BASE_SET)
         arguments += _file_node("base", _BASE_SET, spec.base_format, read_only=True)
-    overlay: dict[str, Any] = {"discard": "unmap", "detect-zeroes": "unmap"}
+    below = None if descriptors.base is None else "base"
+    if descriptors.frozen is not None:
+        arguments += _add_descriptor(descriptors.frozen, _FROZEN_SET)
+        arguments += _file_node(
+            "frozen", _FROZEN_SET, "qcow2", read_only=True, options={"backing": below}
+        )
+        below = "frozen"
     # An explicit node, or null: the path in the image's header is never followed.
-    overlay["backing"] = None if descriptors.base is None else "base"
+    overlay = {"discard": "unmap", "detect-zeroes": "unmap", "backing": below}
     arguments += _add_descriptor(descriptors.disk, _DISK_SET)
     arguments += _file_node("disk", _DISK_SET, "qcow2", read_only=False, options=overlay)
     # A kernel given directly takes the first place for itself.

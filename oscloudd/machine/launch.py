@@ -24,16 +24,22 @@ _ERROR_LINES = 20
 
 @dataclass(frozen=True)
 class MachineFiles:
-    """The files a machine stands on; only kernel and initrd must be readable by qemu's own user."""
+    """The files a machine stands on; only kernel and initrd must be readable by qemu's own user.
+
+    The disk reads what it lacks from `frozen`, and that from `base`. `memory` holds the guest's
+    memory and must have its size; /proc/self/fd/N names one that is open (`sealed_memory`).
+    """
 
     run_directory: Path
     qemu_log: Path
     console_log: Path
     disk: Path
     base: Path | None = None
+    frozen: Path | None = None
     seed: Path | None = None
     kernel: Path | None = None
     initrd: Path | None = None
+    memory: Path | None = None
 
 
 async def launch(
@@ -96,9 +102,11 @@ def _open_descriptors(
                 console_log=_open(stack, files.console_log, append),
                 disk=_open(stack, files.disk, os.O_RDWR),
                 base=opened(files.base, os.O_RDONLY),
+                frozen=opened(files.frozen, os.O_RDONLY),
                 seed=opened(files.seed, os.O_RDONLY),
                 kernel=opened(files.kernel, os.O_RDONLY),
                 initrd=opened(files.initrd, os.O_RDONLY),
+                memory=opened(files.memory, os.O_RDWR),
                 tap=tap_fd,
             ),
             log_fd,
