@@ -15,6 +15,7 @@ from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.monitor import OnEvent
 from oscloudd.machine.qemu import KILL_SECONDS, Qemu
 from oscloudd.machine.run_directory import MONITOR, SERIAL, RunDirectory
+from oscloudd.machine.sealed_memory import check_memory_size
 
 # Spawn to first answer takes 28 to 54 ms on an idle machine; a busy one may take very much longer.
 LAUNCH_SECONDS = 30.0
@@ -59,7 +60,7 @@ async def launch(
     directory = RunDirectory(files.run_directory)
     directory.prepare()
     log_start = files.qemu_log.stat().st_size if files.qemu_log.exists() else 0
-    with _open_descriptors(directory, files, tap_fd) as (descriptors, log_fd):
+    with _open_descriptors(directory, files, spec.memory_bytes, tap_fd) as (descriptors, log_fd):
         argv = build_arguments(spec, descriptors)
         process = start_process(
             argv,
@@ -85,7 +86,7 @@ async def launch(
 
 @contextmanager
 def _open_descriptors(
-    directory: RunDirectory, files: MachineFiles, tap_fd: int | None
+    directory: RunDirectory, files: MachineFiles, memory_bytes: int, tap_fd: int | None
 ) -> Iterator[tuple[Descriptors, int]]:
     """Open everything for the moment of the start, and the log for qemu's own words."""
     with ExitStack() as stack:
@@ -106,11 +107,19 @@ def _open_descriptors(
                 seed=opened(files.seed, os.O_RDONLY),
                 kernel=opened(files.kernel, os.O_RDONLY),
                 initrd=opened(files.initrd, os.O_RDONLY),
-                memory=opened(files.memory, os.O_RDWR),
+                memory=_open_memory(stack, files.memory, memory_bytes),
                 tap=tap_fd,
             ),
             log_fd,
         )
+
+
+def _open_memory(stack: ExitStack, path: Path | None, size_bytes: int) -> int | None:
+    if path is None:
+        return None
+    descriptor = _open(stack, path, os.O_RDWR)
+    check_memory_size(descriptor, path, size_bytes)
+    return descriptor
 
 
 def _open(stack: ExitStack, path: Path, flags: int) -> int:

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from oscloudd.machine.monitor import ANSWER_SECONDS, Monitor, OnEvent
 from oscloudd.machine.run_directory import MONITOR, SERIAL, RunDirectory
 
 _log = logging.getLogger(__name__)
+
+Heard = asyncio.Queue[Mapping[str, Any] | None]
 
 QUIT_SECONDS = 5.0
 KILL_SECONDS = 10.0
@@ -58,6 +60,7 @@ class Qemu:
         self._console: SerialConsole | None = None
         self._cause: str | None = None
         self._was_killed = False
+        self._listeners: list[tuple[str, Heard]] = []
         self.exited: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch(), name=f"qemu {process.identity.pid}")
 
@@ -98,6 +101,23 @@ class Qemu:
             self._console = console
         if not self.is_connected:
             await self._connect_monitor(timeout_seconds)
+
+    @contextmanager
+    def hear(self, event: str) -> Iterator[Heard]:
+        """Collect the data of one kind of event while the context lasts.
+
+        None is the end: the monitor's connection is lost and no more will come. Raises HostError
+        when there is no connection.
+        """
+        heard: Heard = asyncio.Queue()
+        listener = (event, heard)
+        ending = asyncio.create_task(_tell_end(self.monitor, heard), name=f"end of {event}")
+        self._listeners.append(listener)
+        try:
+            yield heard
+        finally:
+            ending.cancel()
+            self._listeners.remove(listener)
 
     async def status(self, *, timeout_seconds: float | None = ANSWER_SECONDS) -> str:
         """Give qemu's own run state: `running`, `paused`, `prelaunch`, `io-error`, …"""
@@ -197,6 +217,9 @@ class Qemu:
     def _take_event(self, name: str, data: Mapping[str, Any]) -> None:
         if name == "SHUTDOWN":
             self._cause = str(data.get("reason"))
+        for event, heard in self._listeners:
+            if event == name:
+                heard.put_nowait(data)
         self._on_event(name, data)
 
     async def _watch(self) -> None:
@@ -208,6 +231,11 @@ class Qemu:
         ending = describe_ending(self._cause, status, was_killed=self._was_killed)
         if not self.exited.done():
             self.exited.set_result(ending)
+
+
+async def _tell_end(monitor: Monitor, heard: Heard) -> None:
+    await monitor.closed.wait()
+    heard.put_nowait(None)
 
 
 async def adopt(

@@ -4,13 +4,29 @@ The memory is not part of what is written here: it stays in the machine's memory
 saved guest shares and its clones map privately. Who gets which file is for others to know.
 """
 
+import asyncio
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
-from oscloudd.machine.arguments import MachineSpec
-from oscloudd.machine.qemu import Qemu
+from oscloudd.errors import HostError, OperationTimeoutError
+from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
+from oscloudd.machine.qemu import Heard, Qemu
 
 SAVE_SECONDS = 60.0
 RESTORE_SECONDS = 30.0
+
+# Counts up when saved machines of an earlier version of this program are of no use to this one.
+RECIPE_VERSION = 1
+
+_STATE_NAME = "oscloud-state"
+
+# How long a qemu whose monitor is gone is given to have ended, too, before that is told.
+_ENDING_SECONDS = 2.0
 
 
 async def save(qemu: Qemu, state_fd: int, *, timeout_seconds: float = SAVE_SECONDS) -> None:
@@ -20,7 +36,8 @@ async def save(qemu: Qemu, state_fd: int, *, timeout_seconds: float = SAVE_SECON
     keeps `state_fd` (write-only or read-write, at the start of an empty file), and sees to it that
     it is durable. Raises HostError, also when it takes longer than `timeout_seconds`.
     """
-    raise NotImplementedError
+    await qemu.pause()
+    await _migrate(qemu, "migrate", state_fd, {}, timeout_seconds)
 
 
 async def restore(qemu: Qemu, state_fd: int, *, timeout_seconds: float = RESTORE_SECONDS) -> None:
@@ -30,12 +47,14 @@ async def restore(qemu: Qemu, state_fd: int, *, timeout_seconds: float = RESTORE
     Raises HostError when qemu does not take the state; it has ended then or is good for nothing
     but to be ended.
     """
-    raise NotImplementedError
+    # A clone would else tell the network the MAC of the guest that was saved.
+    quiet = {"announce-rounds": 0}
+    await _migrate(qemu, "migrate-incoming", state_fd, quiet, timeout_seconds)
 
 
 async def resize_disk(qemu: Qemu, size_bytes: int) -> None:
     """Tell qemu and the guest that the disk has `size_bytes`, after `restore`."""
-    raise NotImplementedError
+    await qemu.monitor.execute("block_resize", {"node-name": "disk", "size": size_bytes})
 
 
 def recipe_key(
@@ -51,9 +70,82 @@ def recipe_key(
     type, kernel's command line), and not what each machine has of its own (name, uuid, MAC).
     `binary` is what `identify_binary` says, `contents` digests of the template's files by name.
     """
-    raise NotImplementedError
+    common = replace(spec, name="", uuid="", mac="", binary="", memory_shared=True, incoming=False)
+    numbers = iter(range(10, 30))
+    names = ["monitor", "serial", "console_log", "disk", "base", "kernel", "initrd", "memory"]
+    if with_tap:
+        names.append("tap")
+    descriptors = Descriptors(**{name: next(numbers) for name in names})
+    recipe = {
+        "version": RECIPE_VERSION,
+        "arguments": build_arguments(common, descriptors),
+        "binary": dict(binary),
+        "contents": dict(contents),
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def identify_binary(binary: str, version: str) -> dict[str, str | int]:
-    """Say which qemu it is: resolved path, version, size in bytes, time of change in ns."""
-    raise NotImplementedError
+    """Say which qemu it is: resolved path, version, size in bytes, time of change in ns.
+
+    Raises HostError when there is none of that name.
+    """
+    found = shutil.which(binary)
+    if found is None:
+        raise HostError(f"{binary} is not there, or can't be run")
+    path = Path(found).resolve()
+    status = path.stat()
+    return {
+        "path": str(path),
+        "version": version,
+        "size_bytes": status.st_size,
+        "changed_ns": status.st_mtime_ns,
+    }
+
+
+async def _migrate(
+    qemu: Qemu, command: str, state_fd: int, parameters: Mapping[str, int], timeout_seconds: float
+) -> None:
+    """Run a migration command on `state_fd` and wait for qemu to say that it is completed."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            await _prepare(qemu, state_fd, parameters)
+            with qemu.hear("MIGRATION") as heard:
+                await qemu.monitor.execute(command, {"uri": f"fd:{_STATE_NAME}"})
+                await _wait_completed(heard)
+    except TimeoutError as error:
+        raise HostError(f"{command} took qemu longer than {timeout_seconds:g} s") from error
+    except (HostError, OperationTimeoutError) as error:
+        raise await _explain(qemu, command, error) from error
+
+
+async def _prepare(qemu: Qemu, state_fd: int, parameters: Mapping[str, int]) -> None:
+    monitor = qemu.monitor
+    # x-ignore-shared: the memory stays in its file. events: tell when it is over.
+    names = ("x-ignore-shared", "events")
+    capabilities = [{"capability": name, "state": True} for name in names]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    if parameters:
+        await monitor.execute("migrate-set-parameters", parameters)
+    # "exec:" would need a fork, which the sandbox refuses.
+    await monitor.execute("getfd", {"fdname": _STATE_NAME}, descriptor=state_fd)
+
+
+async def _wait_completed(heard: Heard) -> None:
+    while (event := await heard.get()) is not None:
+        if event.get("status") == "completed":
+            return
+        if event.get("status") in ("failed", "cancelled"):
+            raise HostError(f"qemu says that it has {event.get('status')}")
+    raise HostError("the connection to qemu's monitor is lost")
+
+
+async def _explain(qemu: Qemu, command: str, error: HostError | OperationTimeoutError) -> HostError:
+    """Make one error of a failed migration, with how qemu ended if it did."""
+    why = error.message
+    if not qemu.is_connected:
+        # A qemu that can't take its state prints why on its log and ends.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ENDING_SECONDS):
+                why = (await asyncio.shield(qemu.exited)).message
+    return HostError(f"{command} failed: {why}", hint="qemu's log tells more", **error.details)
