@@ -48,6 +48,12 @@ SILENCE_SECONDS = 900.0
 @click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
 @policy_options
 @click.option(
+    "--warm", type=click.Choice(["auto", "off", "only"]),
+    help="Begin where a template that was booted once stands: if there is one, never, or not at"
+    " all without.  [default: auto]",
+)  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="Show how long each stage took.")
+@click.option(
     "--wait", type=click.Choice(["none", "started", "ready"]),
     help="Come back when its ssh server answers, when qemu runs, or at once.  [default: ready]",
 )  # fmt: skip
@@ -66,6 +72,7 @@ def vm_create(
     *,
     no_ssh_key: bool,
     no_wait: bool,
+    verbose: bool,
     as_json: bool,
     ids_only: bool,
     **params: Any,
@@ -84,7 +91,14 @@ def vm_create(
         print_begun([answer])
     else:
         print_objects([answer], as_json=False)
+        if verbose:
+            _print_timings(answer)
         _print_next(name, chosen)
+
+
+def _print_timings(vm: dict[str, Any]) -> None:
+    for stage, seconds in (vm.get("timings") or {}).items():
+        click.echo(f"{stage:>10}  {seconds * 1000:8.0f} ms", err=True)
 
 
 def _choose_wait(wait: str | None, *, no_wait: bool) -> str:

@@ -75,6 +75,20 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return parse_size(self.min_free_disk, parameter="limits.min_free_disk")
 
 
+class WarmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[warm]: templates kept booted, so that a new vm is there in under a second."""
+
+    # auto: made in the background after the first cold start of a shape; off: never used.
+    mode: Literal["auto", "off"] = "auto"
+    # The least recently used go when all together take more, or were not used for so many days.
+    max_size: str = "8G"
+    max_age_days: float = 30.0
+
+    def max_size_bytes(self) -> int:
+        """Give `max_size` in bytes; raises InvalidArgumentError."""
+        return parse_size(self.max_size, parameter="warm.max_size")
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """oscloud.toml, whole."""
 
@@ -92,6 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guest: GuestConfig = GuestConfig()
     network: NetworkConfig = NetworkConfig()
     limits: LimitsConfig = LimitsConfig()
+    warm: WarmConfig = WarmConfig()
     qemu: QemuConfig = QemuConfig()
 
     @property
@@ -146,6 +161,7 @@ def _check(document: dict[str, object], path: Path) -> Config:
         for server in config.network.dns:
             IPv4Address(server)
         _check_limits(config.limits)
+        config.warm.max_size_bytes()
     except (msgspec.ValidationError, ValueError, InvalidArgumentError) as error:
         raise InvalidArgumentError(f"configuration file {path}: {error}") from error
     return config

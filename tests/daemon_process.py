@@ -36,6 +36,8 @@ accelerator = "tcg"
 default_image = "{image}"
 [network]
 dns = ["192.0.2.53"]
+[warm]
+mode = "off"
 [qemu]
 binary = "{binary}"
 user = "nobody"

@@ -39,6 +39,8 @@ runtime_dir = "{root}/run"
 log_dir = "{root}/log"
 template_dirs = ["{templates}"]
 accelerator = "tcg"
+[warm]
+mode = "{warm}"
 """
 
 _SSH_OPTIONS = ("-F", "none", "-o", "ConnectTimeout=20", "-o", "GlobalKnownHostsFile=/dev/null")
@@ -47,13 +49,13 @@ _SSH_OPTIONS = ("-F", "none", "-o", "ConnectTimeout=20", "-o", "GlobalKnownHosts
 class GuestCloud:
     """One cloud: its directory, its namespace, its daemon, and a key its guests let in."""
 
-    def __init__(self, root: Path, name: str, config: str = "") -> None:
+    def __init__(self, root: Path, name: str, config: str = "", warm: str = "off") -> None:
         self.root = root
         self.namespace = name
         self.key = root / "id_ed25519"
         self.daemon: subprocess.Popen[bytes] | None = None
         self.client = Client(str(root / "run/oscloudd.sock"))
-        basics = _CONFIG.format(root=root, templates=ROOT / "templates")
+        basics = _CONFIG.format(root=root, templates=ROOT / "templates", warm=warm)
         (root / "oscloud.toml").write_text(basics + config)
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", self.key],
@@ -220,11 +222,12 @@ def open_cloud(
     routes: tuple[str, ...] = (),
     state_image: Path | None = None,
     config: str = "",
+    warm: str = "off",
 ) -> Iterator[GuestCloud]:
     """Give a running cloud in a new namespace with these templates.
 
     `routes` are there before it starts, the filesystem in `state_image` is where its state is,
-    `config` is added to its configuration.
+    `config` is added to its configuration, `warm` is the mode of warm images.
     """
     if os.geteuid() != 0:
         pytest.skip("namespaces need root")
@@ -232,7 +235,7 @@ def open_cloud(
     name = f"osc-{root.name.rpartition('-')[2]}".replace(".", "")
     subprocess.run([NETNS, "up", name], check=True, stdout=subprocess.DEVNULL)
     try:
-        cloud = GuestCloud(root, name, config)
+        cloud = GuestCloud(root, name, config, warm)
         if state_image is not None:
             (root / "state").mkdir()
             subprocess.run(["mount", "-o", "loop", state_image, root / "state"], check=True)

@@ -18,6 +18,7 @@ from oscloudd.api.params import (
     Params,
     TemplateJobParams,
     TemplateParams,
+    TemplateWarmParams,
     VmCreateParams,
     VmLogParams,
     VmParams,
@@ -173,6 +174,14 @@ async def _event_watch(_cloud: Cloud, params: EventWatchParams, caller: Caller) 
     )
 
 
+async def _template_warm(cloud: Cloud, params: TemplateWarmParams, caller: Caller) -> object:
+    size = parse_size(params.mem_size, parameter="mem_size")
+    order = _order(caller, wait=params.wait)
+    _check_cpus(params.cpus)
+    job = await cloud.warm_images.warm(params.template, size, params.cpus, order)
+    return await cloud.template_info(params.template) if params.wait else job
+
+
 METHODS: dict[str, Method] = {
     "daemon_info": Method(Params, _daemon_info),
     "daemon_doctor": Method(Params, lambda cloud, _, __: cloud.doctor.examine()),
@@ -199,10 +208,11 @@ METHODS: dict[str, Method] = {
     ),
     "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list(), is_list=True),
     "template_info": Method(
-        TemplateParams, lambda cloud, params, _: cloud.templates.info(params.template)
+        TemplateParams, lambda cloud, params, _: cloud.template_info(params.template)
     ),
     "template_build": Method(TemplateJobParams, _template_build),
     "template_download": Method(TemplateJobParams, _template_download),
+    "template_warm": Method(TemplateWarmParams, _template_warm),
     "job_list": Method(JobListParams, _job_list, is_list=True),
     "job_info": Method(JobParams, _job_info),
     "job_wait": Method(JobWaitParams, _job_wait),
@@ -214,10 +224,7 @@ METHODS: dict[str, Method] = {
 def build_request(params: VmCreateParams, image: str, password: str) -> VmRequest:
     """Check what can be checked without looking at anything; raises InvalidArgumentError."""
     keys = [params.ssh_key] if isinstance(params.ssh_key, str) else params.ssh_key
-    if not 1 <= params.cpus <= MAX_CPUS:
-        raise InvalidArgumentError(
-            f"cpus {params.cpus} is not between 1 and {MAX_CPUS}", parameter="cpus"
-        )
+    _check_cpus(params.cpus)
     chosen = password if params.password is None else params.password
     if not chosen.isprintable() or len(chosen) > _MAX_PASSWORD_LENGTH:
         raise InvalidArgumentError(
@@ -237,4 +244,10 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         wait=params.wait,
         autostart=params.autostart,
         restart=params.restart,
+        warm=params.warm,
     )
+
+
+def _check_cpus(cpus: int) -> None:
+    if not 1 <= cpus <= MAX_CPUS:
+        raise InvalidArgumentError(f"cpus {cpus} is not between 1 and {MAX_CPUS}", parameter="cpus")

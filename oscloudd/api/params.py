@@ -50,6 +50,13 @@ class TemplateJobParams(TemplateParams, frozen=True):
     wait: bool = True
 
 
+class TemplateWarmParams(TemplateJobParams, frozen=True):
+    """A template, and the shape its warm image is made for."""
+
+    mem_size: int | str = "1G"
+    cpus: int = 1
+
+
 class VmCreateParams(Params, frozen=True):
     """What a new vm is to be; everything but its name has a default."""
 
@@ -66,6 +73,7 @@ class VmCreateParams(Params, frozen=True):
     wait: Literal["ready", "started", "none"] = "ready"
     autostart: Autostart = "no"
     restart: Restart = "no"
+    warm: Literal["auto", "off", "only"] = "auto"
 
 
 class VmSetParams(VmParams, frozen=True):

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import socket
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -13,7 +15,7 @@ from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
-from oscloudd.guest.dialogue import tell_identity
+from oscloudd.guest.dialogue import tell_clone, tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
 from oscloudd.machine.telnet import TelnetServer
@@ -22,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 # debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
 BOOT_SECONDS = 600.0
+
+# A clone answers in 0.3 s on an idle machine.
+_CLONE_SECONDS = 60.0
 
 # A dialogue holds a thread for as long as its guest takes to ask; more guests than this at once
 # wait for one another. Not the loop's own pool: that has six threads on two processors, and six
@@ -62,19 +67,30 @@ class Boot:
 
     async def _settle(self, vm: VmRecord, held: Held) -> None:
         document = await self._states.seed_document(vm.id)
+        began = time.monotonic()
         if document:
-            held.on_stage("booting", "waiting for the guest's first boot")
-            line = held.qemu.console.attach_socket(with_history=True)
-            await self._tell(line, document)
+            is_warm = vm.started == "warm"
+            waiting = "telling the clone who it is" if is_warm else "waiting for its first boot"
+            held.on_stage("booting", waiting)
+            line = held.qemu.console.attach_socket(with_history=not is_warm)
+            tell = (
+                partial(tell_clone, line, document, seconds=_CLONE_SECONDS)
+                if is_warm
+                else partial(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
+            )
+            await self._tell(line, tell)
             await self._states.record_identified(vm.id)
+            held.timings["identity"] = time.monotonic() - began
+        held.identified.set()
         held.on_stage("ready", f"waiting for sshd at {vm.ip}")
+        began = time.monotonic()
         await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
+        held.timings["banner"] = time.monotonic() - began
         if not document:
             await self._states.record_identified(vm.id)
-        await self._states.record_ready(vm.id)
+        await self._states.record_ready(vm.id, held.timings)
 
-    async def _tell(self, line: socket.socket, document: str) -> None:
-        tell = partial(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
+    async def _tell(self, line: socket.socket, tell: Callable[[], None]) -> None:
         telling = asyncio.get_running_loop().run_in_executor(self._dialogues, tell)
         try:
             await asyncio.shield(telling)

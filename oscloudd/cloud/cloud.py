@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from typing import Any
 
 import msgspec
 
@@ -27,6 +28,7 @@ from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.cloud.vms import Vms
+from oscloudd.cloud.warm_images import WarmImages
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
 from oscloudd.host.users import resolve_qemu_user
@@ -77,14 +79,25 @@ class Cloud:
         self._supervisor = Supervisor(
             config, database, self.states, self.networks, self.templates, user, self._accelerator
         )
-        steps = VmSteps(config, self.states, self.templates, self._supervisor)
+        self.warm_images = WarmImages(
+            config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
+        )
+        steps = VmSteps(
+            config, self.states, self.templates, self._supervisor, self.warm_images, self.events
+        )
         operations = Operations(database, self.jobs, steps)
         self.power = VmPower(config, database, self.states, self._supervisor, self.jobs, operations)
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
         self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)
         self.creator = VmCreator(
-            config, database, self.networks, self.templates, self.jobs, operations
+            config,
+            database,
+            self.networks,
+            self.templates,
+            self.jobs,
+            operations,
+            self.warm_images,
         )
         self._reconciler = Reconciler(
             config, database, self.states, self._supervisor, steps, operations, self._keeper
@@ -99,6 +112,7 @@ class Cloud:
         await asyncio.to_thread(self.templates.remove_leftovers)
         shutil.rmtree(self.config.keys_path, ignore_errors=True)
         self.config.keys_path.mkdir(mode=0o700)
+        await self.warm_images.remove_leftovers()
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self._reconciler.prepare()
@@ -127,6 +141,7 @@ class Cloud:
                 self._leftovers.sweep,
                 self.events.prune,
                 self.jobs.prune,
+                self.warm_images.prune,
                 self._database.refill_ballast,
             ):
                 try:
@@ -153,6 +168,11 @@ class Cloud:
             runtime_dir=self.config.runtime_dir,
             log_dir=self.config.log_dir,
         )
+
+    async def template_info(self, name: str) -> dict[str, Any]:
+        """Describe one template with the warm images there are of it; raises NotFoundError."""
+        info = await self.templates.info(name)
+        return {**msgspec.structs.asdict(info), "warm": await self.warm_images.list_of(name)}
 
     async def _choose(self) -> Accelerator:
         config = self.config

@@ -22,6 +22,8 @@ class Held:
         self.settling: asyncio.Task[None] | None = None
         self.watcher: asyncio.Task[None] | None = None
         self.pulse: asyncio.Task[None] | None = None
+        self.timings: dict[str, float] = {}  # seconds of each stage of its coming up
+        self.identified = asyncio.Event()
         self.is_late = False
         self.is_out_of_space = False
         self.last_stage: tuple[str, str] | None = None

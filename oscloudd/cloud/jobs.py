@@ -90,6 +90,7 @@ class Job:
         self.fraction: float | None = None
         self.cancellable = False
         self.cancel_requested = False
+        self.timings: dict[str, float] = {}  # seconds of the stages that are measured
         self.listeners: list[OnProgress] = []
         self._step_done = asyncio.Event()
         self._inner: asyncio.Future[Any] | None = None

@@ -7,7 +7,9 @@ Owns the holds. Writes what it sees to `VmStates`; what should happen next is de
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -21,6 +23,7 @@ from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
+from oscloudd.cloud.warm_files import WarmImage, frozen_disk
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
@@ -33,6 +36,7 @@ from oscloudd.machine.ending import Ending, EndingKind
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
+from oscloudd.machine.warm import resize_disk, restore
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -106,25 +110,60 @@ class Supervisor:
         """Have the vm's bridge and the firewall in place."""
         await self._networks.ensure_up(await self._network_of(vm))
 
-    async def spawn(self, vm: VmRecord) -> None:
+    async def spawn(
+        self, vm: VmRecord, timings: dict[str, float], warm: WarmImage | None = None
+    ) -> None:
         """Start a qemu for the vm that stands still, and write down which process it is.
 
-        Raises HostError; nothing is left running then.
+        What each stage took is written into `timings`. With `warm` it stands where that was saved,
+        and the vm's disk must be fresh. Raises HostError; nothing is left running then.
         """
         template = self._templates.get_ready(vm.template)
         accelerator = await asyncio.shield(self._accelerator)
         tap_fd = open_tap(vm.tap, vm.bridge)
         try:
             spec = _spec(vm, template, accelerator.name, self._config.qemu.binary)
-            files = self._files(vm, template)
+            spec = replace(spec, incoming=warm is not None)
+            files = self._files(vm, template, warm)
             held = Held(vm.id)
+            held.timings = timings
             on_event = self._on_event(held)
+            began = time.monotonic()
             held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
+            held.timings["spawn"] = time.monotonic() - began
         finally:
             os.close(tap_fd)
-        await self._states.record_process(vm.id, held.qemu.identity, accelerator.name)
+        if warm is not None:
+            await self._restore(vm, held, warm)
+        started = "cold" if warm is None else "warm"
+        await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
         self._remember_neighbour(vm)
+
+    async def _restore(self, vm: VmRecord, held: Held, warm: WarmImage) -> None:
+        began = time.monotonic()
+        try:
+            with warm.state.open("rb") as state:
+                await restore(held.qemu, state.fileno())
+            await resize_disk(held.qemu, vm.disk_size)
+        except (CloudError, OSError) as error:
+            await held.qemu.stop(force=True)
+            await held.qemu.close()
+            raise HostError(f"warm image {warm.name} can't be restored: {error}") from error
+        held.timings["restore"] = time.monotonic() - began
+
+    async def identified(self, vm_id: int) -> None:
+        """Wait until a guest has taken its identity in; raises what went wrong with that."""
+        held = self._held.get(vm_id)
+        if held is None or held.settling is None:
+            return  # `settled` says what has become of it
+        told = asyncio.ensure_future(held.identified.wait())
+        try:
+            await asyncio.wait({told, held.settling}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            told.cancel()
+        if held.settling.done() and not held.identified.is_set():
+            held.settling.result()
 
     async def let_run(self, vm: VmRecord) -> None:
         """Let the guest take its first step, and see it through its boot in the background.
@@ -296,7 +335,7 @@ class Supervisor:
         # misses most of that; and an address that is fixed can't be taken over by another guest.
         set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
 
-    def _files(self, vm: VmRecord, template: ReadyTemplate) -> MachineFiles:
+    def _files(self, vm: VmRecord, template: ReadyTemplate, warm: WarmImage | None) -> MachineFiles:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         paths.run_directory.mkdir(parents=True, exist_ok=True)
         return MachineFiles(
@@ -305,6 +344,8 @@ class Supervisor:
             console_log=paths.console_log,
             disk=paths.disk,
             base=template.image,
+            frozen=None if vm.warm_image is None else frozen_disk(self._config, vm.warm_image),
+            memory=None if warm is None else warm.memory,
             seed=paths.seed if paths.seed.exists() else None,
             kernel=template.kernel,
             initrd=template.initrd,

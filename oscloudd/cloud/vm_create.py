@@ -28,11 +28,15 @@ from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmInfo, describe, read_vm
 from oscloudd.cloud.vm_states import insert_state_event
+from oscloudd.cloud.warm_files import WarmImage
+from oscloudd.cloud.warm_images import WarmImages
+from oscloudd.cloud.warm_making import Shape
 from oscloudd.config import Config
 from oscloudd.errors import (
     AlreadyExistsError,
     ExhaustedError,
     InvalidArgumentError,
+    InvalidStateError,
     UnavailableError,
 )
 from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
@@ -66,6 +70,7 @@ class VmRequest:
     wait: str
     autostart: str = "no"
     restart: str = "no"
+    warm: str = "auto"
 
 
 class VmCreator:
@@ -79,6 +84,7 @@ class VmCreator:
         templates: Templates,
         jobs: Jobs,
         operations: Operations,
+        warm_images: WarmImages,
     ) -> None:
         self._config = config
         self._database = database
@@ -86,6 +92,7 @@ class VmCreator:
         self._templates = templates
         self._jobs = jobs
         self._operations = operations
+        self._warm_images = warm_images
 
     async def create(self, request: VmRequest, order: Order) -> VmInfo | JobInfo:
         """Make a vm, and answer when it has come as far as `request.wait` says.
@@ -94,8 +101,9 @@ class VmCreator:
         """
         template = self._templates.get_ready(request.image)
         await self._check_fits(request, template)
+        warm = await self._find_warm(request, template)
         keys = await make_host_keys(self._config.keys_path)
-        row = await self._insert(request, template, keys, order)
+        row = await self._insert(request, template, warm, keys, order)
         job, task = await self._operations.begin_made(row, order)
         if request.wait == "none" or not order.wait:
             return await self._jobs.info(job.id)
@@ -108,6 +116,23 @@ class VmCreator:
         else:
             await asyncio.shield(task)
         return describe(await self._database.run(lambda: read_vm(row.vm_id)))
+
+    async def _find_warm(self, request: VmRequest, template: ReadyTemplate) -> WarmImage | None:
+        """Choose the warm image a new vm begins with; raises InvalidStateError if it must."""
+        if request.warm == "off" or (self._config.warm.mode == "off" and request.warm != "only"):
+            return None
+        shape = Shape(template, request.mem_size, request.cpus)
+        warm = await self._warm_images.find(shape)
+        if warm is None and request.warm == "only":
+            raise InvalidStateError(
+                f"there is no warm image of {template.name} with mem_size {request.mem_size} and "
+                f"cpus {request.cpus}",
+                hint=f"make one: oscloudctl template-warm {template.name} "
+                f"--mem-size {format_size(request.mem_size)} --cpus {request.cpus}",
+            )
+        if warm is not None:
+            warm.mark_used()
+        return warm
 
     async def _started(self, job: Job) -> None:
         running = [step.name for step in OPERATIONS["vm_create"].steps].index("running")
@@ -147,11 +172,16 @@ class VmCreator:
             )
 
     async def _insert(
-        self, request: VmRequest, template: ReadyTemplate, keys: HostKeys, order: Order
+        self,
+        request: VmRequest,
+        template: ReadyTemplate,
+        warm: WarmImage | None,
+        keys: HostKeys,
+        order: Order,
     ) -> JobRow:
         try:
             return await self._database.run(
-                lambda: self._reserve(request, template, keys, order.owner_uid)
+                lambda: self._reserve(request, template, warm, keys, order.owner_uid)
             )
         except IntegrityError as error:
             raise UnavailableError(
@@ -159,7 +189,12 @@ class VmCreator:
             ) from error
 
     def _reserve(
-        self, request: VmRequest, template: ReadyTemplate, keys: HostKeys, owner_uid: int
+        self,
+        request: VmRequest,
+        template: ReadyTemplate,
+        warm: WarmImage | None,
+        keys: HostKeys,
+        owner_uid: int,
     ) -> JobRow:
         """Insert the rows, the job's among them; nobody else can be given the same."""
         network = read_network(request.network)
@@ -175,6 +210,7 @@ class VmCreator:
             name=f"{request.name[:54]}-{unique.hex[:8]}",
             size=request.disk_size,
             template_name=template.name,
+            warm_image=None if warm is None else warm.name,
             created_at=now,
         )
         vm = Vm.create(

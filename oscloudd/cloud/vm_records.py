@@ -48,6 +48,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     owner_uid: int
     uuid: str
     ssh_host_keys: list[str]
+    timings: dict[str, float]
 
 
 class VmRecord(msgspec.Struct, frozen=True):
@@ -59,6 +60,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     disk_id: int
     disk_size: int
     template: str
+    warm_image: str | None
     network_id: int
     network: str
     network_ip: str
@@ -85,6 +87,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     owner_uid: int
     autostart: str
     restart: str
+    timings: str
     created_at: float
 
     @property
@@ -112,6 +115,7 @@ _COLUMNS = (
     Disk.id,
     Disk.size,
     Disk.template_name,
+    Disk.warm_image,
     Network.id,
     Network.name,
     Network.ip,
@@ -138,6 +142,7 @@ _COLUMNS = (
     Vm.owner_uid,
     Vm.autostart,
     Vm.restart,
+    Vm.timings,
     Vm.created_at,
 )
 
@@ -204,6 +209,7 @@ def describe(vm: VmRecord) -> VmInfo:
         owner_uid=vm.owner_uid,
         uuid=vm.uuid,
         ssh_host_keys=vm.host_keys.splitlines(),
+        timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
     )
 
 

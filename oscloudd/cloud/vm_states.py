@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import msgspec
+
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
@@ -107,7 +109,9 @@ class VmStates:
         """The vm's qemu has ended; what that means is for a job to say."""
         await self._update(vm_id, **_NO_PROCESS)
 
-    async def record_process(self, vm_id: int, process: ProcessIdentity, accelerator: str) -> None:
+    async def record_process(
+        self, vm_id: int, process: ProcessIdentity, accelerator: str, started: str = "cold"
+    ) -> None:
         """Write down which qemu it is, before that qemu may take its first step."""
         await self._update(
             vm_id,
@@ -115,7 +119,7 @@ class VmStates:
             qemu_start_ticks=process.start_time_ticks,
             qemu_boot_id=process.boot_id,
             accelerator=accelerator,
-            started="cold",
+            started=started,
             started_at=time.time(),
             ready=False,
         )
@@ -124,9 +128,10 @@ class VmStates:
         """The guest knows who it is: its secrets are no longer kept here."""
         await self._update(vm_id, identified=True, seed_document="")
 
-    async def record_ready(self, vm_id: int) -> None:
-        """The guest can be logged into."""
-        await self._update(vm_id, ready=True)
+    async def record_ready(self, vm_id: int, timings: dict[str, float]) -> None:
+        """The guest can be logged into; `timings` are the seconds each stage has taken."""
+        text = msgspec.json.encode({stage: round(took, 4) for stage, took in timings.items()})
+        await self._update(vm_id, ready=True, timings=text.decode())
 
     async def seed_document(self, vm_id: int) -> str:
         """Give what the guest is still to be told; "" when it knows."""

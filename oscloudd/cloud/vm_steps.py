@@ -5,10 +5,13 @@ Every step looks the vm up anew and does what is still missing. In which order t
 """
 
 import asyncio
+import logging
+import time
 from contextlib import suppress
 
 import msgspec
 
+from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.states import VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
@@ -16,8 +19,10 @@ from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import VmPaths, vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
+from oscloudd.cloud.warm_files import WarmImage, frozen_disk
+from oscloudd.cloud.warm_images import WarmImages
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, NotFoundError
+from oscloudd.errors import CloudError, HostError, NotFoundError
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
 from oscloudd.host.images import create_overlay, durable
@@ -27,6 +32,7 @@ from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.store.models import Disk, Vm
 
+_log = logging.getLogger(__name__)
 _CONSOLE_LINES = 15
 
 
@@ -34,12 +40,20 @@ class VmSteps:
     """What can be done to a vm, piece by piece; a job says to which, and with which parameters."""
 
     def __init__(
-        self, config: Config, states: VmStates, templates: Templates, supervisor: Supervisor
+        self,
+        config: Config,
+        states: VmStates,
+        templates: Templates,
+        supervisor: Supervisor,
+        warm_images: WarmImages,
+        events: Events,
     ) -> None:
         self._config = config
         self._states = states
         self._templates = templates
         self._supervisor = supervisor
+        self._warm_images = warm_images
+        self._events = events
         # Making disks and starting qemus is what loads the host; more of it wait for their turn.
         self._slots = asyncio.Semaphore(config.limits.max_parallel_starts)
 
@@ -48,13 +62,10 @@ class VmSteps:
     async def disk(self, job: Job) -> None:
         """Make the vm's disk, an overlay on its template."""
         vm = await self._get(job)
-        template = self._templates.get_ready(vm.template)
-        paths = self._paths(vm)
         async with self._slots:
-            for directory in (paths.disk_directory, paths.qemu_log.parent):
-                directory.mkdir(parents=True, exist_ok=True)
-            image_format = template.declaration.image.format
-            await create_overlay(paths.disk, template.image, image_format, vm.disk_size)
+            began = time.monotonic()
+            await self._make_disk(vm)
+            job.timings["overlay"] = time.monotonic() - began
 
     async def seed(self, job: Job) -> None:
         """Write the NoCloud seed, for images that have cloud-init."""
@@ -73,20 +84,44 @@ class VmSteps:
     async def starting(self, job: Job) -> None:
         """Start qemu, standing still."""
         vm = await self._get(job)
-        if self._supervisor.find(vm.id) is None:
-            if job.is_resumed:
-                await self.end_stray(vm)
-            async with self._slots:
-                await self._supervisor.spawn(vm)
+        if self._supervisor.find(vm.id) is not None:
+            return
+        if job.is_resumed:
+            await self.end_stray(vm)
+        async with self._slots:
+            warm = self._warm_image_of(job, vm)
+            if warm is not None:
+                await self._spawn_warm(job, vm, warm)
+            else:
+                await self._supervisor.spawn(vm, job.timings)
 
     async def running(self, job: Job) -> None:
         """Let the guest run."""
         await self._supervisor.let_run(await self._get(job))
 
+    async def telling(self, job: Job) -> None:
+        """See that a clone takes its identity in; one that does not is started cold, once."""
+        vm = await self._get(job)
+        if vm.started != "warm" or vm.identified:
+            return
+        try:
+            await self._supervisor.identified(vm.id)
+        except CloudError as error:
+            await self._fall_back(job, vm, error)
+            qemu = self._supervisor.find(vm.id)
+            if qemu is not None:
+                await qemu.stop(force=True)
+            await self._supervisor.released(vm.id)
+            await self._make_disk(vm)
+            await self._supervisor.spawn(vm, job.timings)
+            await self._supervisor.let_run(vm)
+
     async def booting(self, job: Job) -> None:
         """Wait until the guest has its identity and can be logged into."""
         vm = await self._get(job)
         await self._supervisor.settled(vm.id, job.report)
+        if job.kind == "vm_create" and vm.started == "cold":
+            self._warm_images.consider(vm.template, vm.mem_size, vm.cpus)
         job.report("done", f"{vm.name} is ready at {vm.ip}", 1.0)
 
     # Ending
@@ -165,6 +200,41 @@ class VmSteps:
         """Keep a vm whose guest would not stop; one whose files are going stays DELETING."""
         if job.step == 0:
             await self.undo_stop(job, error)
+
+    # Warm
+
+    def _warm_image_of(self, job: Job, vm: VmRecord) -> WarmImage | None:
+        """Give what a new vm begins with; None for one that has its identity, or begins cold."""
+        if job.kind != "vm_create" or vm.warm_image is None or vm.identified:
+            return None
+        return self._warm_images.get(vm.warm_image)
+
+    async def _spawn_warm(self, job: Job, vm: VmRecord, warm: WarmImage) -> None:
+        try:
+            if job.is_resumed:
+                # What a clone that ran has written does not go with the memory it began with.
+                await self._make_disk(vm)
+            await self._supervisor.spawn(vm, job.timings, warm)
+        except HostError as error:
+            await self._fall_back(job, vm, error)
+            await self._supervisor.spawn(vm, job.timings)
+
+    async def _fall_back(self, job: Job, vm: VmRecord, error: CloudError) -> None:
+        message = f"it is started cold, since its warm start failed: {error.message}"
+        _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
+        job.report("starting", message)
+        await self._events.warn(vm.name, message, vm_id=vm.id)
+
+    async def _make_disk(self, vm: VmRecord) -> None:
+        """Make a fresh overlay on what the vm's disk stands on."""
+        template = self._templates.get_ready(vm.template)
+        paths = self._paths(vm)
+        for directory in (paths.disk_directory, paths.qemu_log.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        base, base_format = template.image, template.declaration.image.format
+        if vm.warm_image is not None:
+            base, base_format = frozen_disk(self._config, vm.warm_image), "qcow2"
+        await create_overlay(paths.disk, base, base_format, vm.disk_size)
 
     # Shared
 

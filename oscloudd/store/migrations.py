@@ -38,7 +38,23 @@ def _journal_and_events(database: Any) -> None:
             database.execute_sql(f"ALTER TABLE job ADD COLUMN {name} {kind}")
 
 
-MIGRATIONS: tuple[Callable[[Any], None], ...] = (_first_tables, _journal_and_events)
+def _warm_images(database: Any) -> None:
+    _add_columns(database, "disk", {"warm_image": "VARCHAR(32)"})
+    _add_columns(database, "vm", {"timings": "LONGTEXT NOT NULL DEFAULT '{}'"})
+
+
+def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
+    there = {column.name for column in database.get_columns(table)}
+    for name, kind in columns.items():
+        if name not in there:
+            database.execute_sql(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+
+
+MIGRATIONS: tuple[Callable[[Any], None], ...] = (
+    _first_tables,
+    _journal_and_events,
+    _warm_images,
+)
 
 
 def schema_version(database: Any) -> int:

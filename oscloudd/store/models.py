@@ -75,6 +75,7 @@ class Disk(Table):
     name = CharField(max_length=63, unique=True)
     size = BigIntegerField()
     template_name = CharField(max_length=63, null=True)
+    warm_image = CharField(max_length=32, null=True)  # the one whose frozen disk is below it
     created_at = DoubleField()
 
 
@@ -109,6 +110,7 @@ class Vm(Table):
     owner_uid = BigIntegerField()  # up to 2^32 - 2, more than MariaDB's INTEGER holds
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
+    timings = LongTextField(default="{}")  # seconds of each stage of its creation, JSON
     created_at = DoubleField()
 
     class Meta:

@@ -29,8 +29,8 @@ _IFF_VNET_HDR = 0x4000
 _IFF_TUN_EXCL = 0x8000
 
 
-def open_tap(name: str, bridge: str) -> int:
-    """Make the tap `name`, a port of `bridge` and up, and give its descriptor.
+def open_tap(name: str, bridge: str | None) -> int:
+    """Make the tap `name`, a port of `bridge` (or of none) and up, and give its descriptor.
 
     The caller closes the descriptor; the tap is gone when the last copy of it is. Raises
     AlreadyExistsError when the name is taken, NotFoundError when there is no such bridge.
@@ -74,10 +74,11 @@ def _create(tap_fd: int, name: str, encoded: bytes) -> None:
         raise HostError(f"tap {name} can't be made: {error.strerror}") from error
 
 
-def _connect(name: str, bridge: str) -> None:
+def _connect(name: str, bridge: str | None) -> None:
     with open_control_socket() as control:
         try:
-            join_bridge(control, bridge, name)
+            if bridge is not None:
+                join_bridge(control, bridge, name)
             set_up(control, name)
         except OSError as error:
             if error.errno == errno.ENODEV:

@@ -1,0 +1,103 @@
+"""A warm image on the disk: the memory, devices and disk of a template that was booted once.
+
+Made in a directory of its own and given its name in one rename: it is there whole or not at all.
+Its key says what a machine must have in common with it; its name is never given again, since disks
+of vms stand on its frozen disk.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from oscloudd.config import Config
+from oscloudd.host.images import durable
+
+MANIFEST = "warm.json"
+MEMORY, STATE, DISK = "memory", "state", "disk.qcow2"
+
+
+def warm_directory(config: Config) -> Path:
+    """Give the directory of all warm images."""
+    return config.state_path / "warm"
+
+
+def frozen_disk(config: Config, name: str) -> Path:
+    """Give the frozen disk of a warm image, which the disks of its clones stand on."""
+    return warm_directory(config) / name / DISK
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What `warm.json` says: sizes in bytes, times in seconds since 1970."""
+
+    key: str
+    template: str
+    mem_size: int
+    cpus: int
+    made_at: float
+    memory_bytes: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class WarmImage:
+    """A warm image whose files are all there."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.directory.name
+
+    @property
+    def memory(self) -> Path:
+        """The guest's memory, which clones map privately."""
+        return self.directory / MEMORY
+
+    @property
+    def state(self) -> Path:
+        """The state of its devices."""
+        return self.directory / STATE
+
+    @property
+    def disk(self) -> Path:
+        """Its frozen disk, an overlay on the template's image."""
+        return self.directory / DISK
+
+    @property
+    def last_used(self) -> float:
+        """When a vm was last made from it, in seconds since 1970."""
+        return (self.directory / MANIFEST).stat().st_mtime
+
+    def mark_used(self) -> None:
+        """Remember that a vm was made from it now."""
+        os.utime(self.directory / MANIFEST)
+
+    def disk_usage_bytes(self) -> int:
+        """Give what its files really take."""
+        return sum(path.stat().st_blocks * 512 for path in self.directory.iterdir())
+
+
+def read_warm(directory: Path) -> WarmImage | None:
+    """Read a warm image; None where there is none, or not all of it."""
+    try:
+        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+        sizes = ((directory / MEMORY).stat().st_size, (directory / STATE).stat().st_size)
+        whole = sizes == (manifest.memory_bytes, manifest.state_bytes)
+        whole = whole and (directory / DISK).is_file()
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+        return None
+    return WarmImage(directory, manifest) if whole else None
+
+
+def seal(making: Path, manifest: Manifest, final: Path) -> None:
+    """Make the files read-only and durable, and give the directory its name."""
+    (making / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    for name in (MEMORY, STATE, DISK, MANIFEST):
+        (making / name).chmod(0o400)
+        durable(making / name)
+    making.rename(final)
+    durable(final)

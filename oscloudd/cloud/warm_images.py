@@ -1,0 +1,241 @@
+"""Warm images: templates booted once for a shape and stopped; new vms begin where they stand.
+
+Owns `state_dir/warm`. What is in a warm image is in `warm_files`, how a machine is saved and
+restored in `machine.warm`.
+"""
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import msgspec
+from peewee import fn
+
+from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
+from oscloudd.cloud.memory import check_memory
+from oscloudd.cloud.templates import Templates
+from oscloudd.cloud.warm_files import (
+    MEMORY,
+    STATE,
+    Manifest,
+    WarmImage,
+    read_warm,
+    seal,
+    warm_directory,
+)
+from oscloudd.cloud.warm_making import Shape, WarmMaker
+from oscloudd.config import Config
+from oscloudd.errors import CloudError, InvalidArgumentError
+from oscloudd.host.users import QemuUser
+from oscloudd.machine.accelerator import Accelerator
+from oscloudd.machine.arguments import MachineSpec
+from oscloudd.machine.qemu_version import QemuVersion
+from oscloudd.machine.warm import identify_binary, recipe_key
+from oscloudd.store.database import Database
+from oscloudd.store.models import Disk
+
+_log = logging.getLogger(__name__)
+_MAKING = ".making-"
+
+
+class WarmInfo(msgspec.Struct, frozen=True):
+    """A warm image as `template_info` shows it: sizes in bytes, times in seconds since 1970."""
+
+    name: str
+    mem_size: int
+    cpus: int
+    size: int
+    made_at: float
+    last_used: float
+    used_by: int
+
+
+class WarmImages:
+    """All warm images; one is made at a time."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        templates: Templates,
+        jobs: Jobs,
+        user: QemuUser,
+        accelerator: "asyncio.Task[Accelerator]",
+        version: "asyncio.Task[QemuVersion]",
+    ) -> None:
+        self._config = config
+        self._directory = warm_directory(config)
+        self._maker = WarmMaker(config, user)
+        self._database = database
+        self._templates = templates
+        self._jobs = jobs
+        self._accelerator = accelerator
+        self._version = version
+        self._making = asyncio.Lock()
+        self._begun: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+
+    async def remove_leftovers(self) -> None:
+        """End and remove what an earlier daemon had not finished making."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        await self._maker.remove_leftovers()
+        for path in self._directory.glob(f"{_MAKING}*"):
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+    def get(self, name: str) -> WarmImage | None:
+        """Give a warm image by its name; None when it is not whole."""
+        return read_warm(self._directory / name)
+
+    async def find(self, shape: Shape) -> WarmImage | None:
+        """Give a warm image that a vm of this shape can begin with."""
+        if not shape.can_be_warm:
+            return None
+        key = await self._key(shape)
+        found = [image for image in self._all() if image.manifest.key == key]
+        return max(found, key=lambda image: image.manifest.made_at, default=None)
+
+    async def warm(self, name: str, mem_size: int, cpus: int, order: Order) -> JobInfo:
+        """Make a warm image of a template for a shape, unless there is one."""
+        shape = Shape(self._templates.get_ready(name), mem_size, cpus)
+        _check_can_warm(shape)
+        job = await self._jobs.begin("template_warm", name, order)
+        job.cancellable = True
+        task = self._jobs.run(job, job.interruptible(self._ensure(shape, job)))
+        if order.wait:
+            await asyncio.shield(task)
+        return await self._jobs.info(job.id)
+
+    def consider(self, template: str, mem_size: int, cpus: int) -> None:
+        """Make a warm image in the background after a cold start, where that is configured."""
+        shape = (template, mem_size, cpus)
+        if self._config.warm.mode == "auto" and shape not in self._begun:
+            task = asyncio.create_task(self._make_in_background(*shape), name=f"warm {template}")
+            self._begun[shape] = task
+            task.add_done_callback(lambda _done: self._begun.pop(shape, None))
+
+    async def list_of(self, template: str) -> list[WarmInfo]:
+        """Describe the warm images of a template."""
+        used = await self._database.run(_count_uses)
+        return [
+            self._describe(image, used.get(image.name, 0))
+            for image in self._all()
+            if image.manifest.template == template
+        ]
+
+    async def prune(self) -> None:
+        """Remove what is broken, too old or too much; nothing that a vm's disk stands on."""
+        used = await self._database.run(_count_uses)
+        whole = sorted(self._all(), key=lambda image: image.last_used, reverse=True)
+        kept, total = set(used), 0
+        oldest = time.time() - self._config.warm.max_age_days * 86400
+        for image in whole:
+            total += image.disk_usage_bytes()
+            if total <= self._config.warm.max_size_bytes() and image.last_used >= oldest:
+                kept.add(image.name)
+        for path in self._directory.glob("[!.]*"):
+            if path.name not in kept:
+                _log.info("warm image %s is removed", path.name)
+                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+    async def _make_in_background(self, template: str, mem_size: int, cpus: int) -> None:
+        try:
+            shape = Shape(self._templates.get_ready(template), mem_size, cpus)
+            if shape.can_be_warm and await self.find(shape) is None:
+                await self.warm(template, mem_size, cpus, Order(0))
+        except CloudError as error:
+            _log.warning("no warm image of %s: %s", template, error.message)
+
+    async def _ensure(self, shape: Shape, job: Job) -> WarmImage:
+        async with self._making:
+            there = await self.find(shape)
+            return there if there is not None else await self._make(shape, job)
+
+    async def _make(self, shape: Shape, job: Job) -> WarmImage:
+        key = await self._key(shape)
+        name = f"{key[:16]}-{secrets.token_hex(4)}"
+        making = self._directory / f"{_MAKING}{name}"
+        making.mkdir(parents=True)
+        try:
+            await self._database.run(
+                lambda: check_memory(shape.mem_size, self._config.limits.overcommit)
+            )
+            await self._maker.make(shape, await self._spec(shape), making, job)
+            manifest = Manifest(
+                key=key,
+                template=shape.template.name,
+                mem_size=shape.mem_size,
+                cpus=shape.cpus,
+                made_at=time.time(),
+                memory_bytes=(making / MEMORY).stat().st_size,
+                state_bytes=(making / STATE).stat().st_size,
+            )
+            await asyncio.to_thread(seal, making, manifest, self._directory / name)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
+        image = self.get(name)
+        assert image is not None
+        return image
+
+    async def _key(self, shape: Shape) -> str:
+        version = await asyncio.shield(self._version)
+        binary = identify_binary(self._config.qemu.binary, version.version)
+        contents = {"image": shape.template.digest} | {
+            path.name: _digest(path, path.stat().st_mtime_ns)
+            for path in (shape.template.kernel, shape.template.initrd)
+            if path is not None
+        }
+        return recipe_key(await self._spec(shape), with_tap=True, binary=binary, contents=contents)
+
+    async def _spec(self, shape: Shape) -> MachineSpec:
+        accelerator = await asyncio.shield(self._accelerator)
+        return shape.spec(accelerator.name, self._config.qemu.binary)
+
+    def _all(self) -> Iterator[WarmImage]:
+        for path in self._directory.glob("[!.]*"):
+            image = read_warm(path)
+            if image is not None:
+                yield image
+
+    def _describe(self, image: WarmImage, used_by: int) -> WarmInfo:
+        return WarmInfo(
+            name=image.name,
+            mem_size=image.manifest.mem_size,
+            cpus=image.manifest.cpus,
+            size=image.disk_usage_bytes(),
+            made_at=image.manifest.made_at,
+            last_used=image.last_used,
+            used_by=used_by,
+        )
+
+
+def _check_can_warm(shape: Shape) -> None:
+    declaration = shape.template.declaration
+    if not shape.can_be_warm:
+        raise InvalidArgumentError(
+            f"template {shape.template.name!r} can't be kept warm: its guests take their identity "
+            f"by {declaration.guest.identity}",
+            parameter="template",
+        )
+    if shape.mem_size < declaration.min_mem_bytes:
+        raise InvalidArgumentError(
+            f"mem_size {shape.mem_size} is too small for {shape.template.name}",
+            hint=f"give it at least {declaration.min_mem_size}",
+            parameter="mem_size",
+        )
+
+
+def _count_uses() -> dict[str, int]:
+    """Count the disks that stand on each warm image, inside a transaction."""
+    query = Disk.select(Disk.warm_image, fn.COUNT(Disk.id)).group_by(Disk.warm_image)
+    return {name: count for name, count in query.tuples() if name is not None}
+
+
+@cache
+def _digest(path: Path, _changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,144 @@
+"""Making a warm image: a template booted as nobody, and saved where it waits for its identity."""
+
+import asyncio
+import os
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.template_files import ReadyTemplate
+from oscloudd.cloud.warm_files import DISK, MEMORY, STATE
+from oscloudd.config import Config
+from oscloudd.errors import CloudError
+from oscloudd.guest.dialogue import postpone_identity
+from oscloudd.host.images import create_overlay, image_info
+from oscloudd.host.network.taps import open_tap
+from oscloudd.host.processes import find_processes_below, open_process
+from oscloudd.host.sessions import end_session
+from oscloudd.host.users import QemuUser
+from oscloudd.machine.arguments import MachineSpec
+from oscloudd.machine.launch import MachineFiles, launch
+from oscloudd.machine.qemu import Qemu
+from oscloudd.machine.warm import save
+
+_BOOT_SECONDS = 600.0
+# One warm image is made at a time.
+_TAP = "oscwarm0"
+# Locally administered; no vm has it, and a clone gets its own.
+_MAC = "52:54:00:00:00:01"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a warm image is made for."""
+
+    template: ReadyTemplate
+    mem_size: int
+    cpus: int
+
+    @property
+    def can_be_warm(self) -> bool:
+        """Whether its guest can wait for its identity."""
+        return self.template.declaration.guest.identity == "serial"
+
+    def spec(self, accelerator: str, binary: str) -> MachineSpec:
+        """Give the machine that is booted and saved."""
+        declaration = self.template.declaration
+        return MachineSpec(
+            name="warm",
+            uuid="00000000-0000-4000-8000-000000000000",
+            memory_bytes=self.mem_size,
+            cpus=self.cpus,
+            accelerator=accelerator,
+            mac=_MAC,
+            binary=binary,
+            base_format=declaration.image.format,
+            cmdline=declaration.boot.cmdline,
+            memory_shared=True,
+        )
+
+
+class WarmMaker:
+    """Boots and saves; its qemus are found by their working directory, below RUNTIME/warm."""
+
+    def __init__(self, config: Config, user: QemuUser) -> None:
+        self._run_directory = config.runtime_path / "warm"
+        self._user = user
+        self._dialogue = ThreadPoolExecutor(1, thread_name_prefix="warm")
+
+    async def remove_leftovers(self) -> None:
+        """End what an earlier daemon was making."""
+        for process in await asyncio.to_thread(find_processes_below, self._run_directory):
+            with suppress(CloudError):
+                await end_session(open_process(process.identity))
+        await asyncio.to_thread(shutil.rmtree, self._run_directory, ignore_errors=True)
+
+    async def make(self, shape: Shape, spec: MachineSpec, making: Path, job: Job) -> None:
+        """Fill the directory `making`; raises CloudError, and nothing runs on then."""
+        template = shape.template
+        job.report("disk", f"making a disk on {template.name}")
+        image_format = template.declaration.image.format
+        size = (await image_info(template.image, image_format)).virtual_size_bytes
+        await create_overlay(making / DISK, template.image, image_format, size)
+        _make_memory_file(making / MEMORY, shape.mem_size)
+        job.report("starting", "starting qemu")
+        async with self._running(shape, spec, making) as qemu:
+            await qemu.resume()
+            job.report("booting", "waiting for the template's boot")
+            await self._postpone(qemu)
+            job.report("saving", "saving what it has come to")
+            state = os.open(making / STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                await save(qemu, state)
+            finally:
+                os.close(state)
+
+    @asynccontextmanager
+    async def _running(self, shape: Shape, spec: MachineSpec, making: Path) -> AsyncIterator[Qemu]:
+        run_directory = self._run_directory / making.name
+        run_directory.mkdir(parents=True, exist_ok=True)
+        files = MachineFiles(
+            run_directory=run_directory,
+            qemu_log=run_directory / "qemu.log",
+            console_log=run_directory / "console.log",
+            disk=making / DISK,
+            base=shape.template.image,
+            kernel=shape.template.kernel,
+            initrd=shape.template.initrd,
+            memory=making / MEMORY,
+        )
+        tap_fd = open_tap(_TAP, None)
+        try:
+            qemu = await launch(spec, files, self._user, lambda _name, _data: None, tap_fd=tap_fd)
+        finally:
+            os.close(tap_fd)
+        try:
+            yield qemu
+        finally:
+            await qemu.stop(force=True)
+            await qemu.close()
+            await asyncio.to_thread(shutil.rmtree, run_directory, ignore_errors=True)
+
+    async def _postpone(self, qemu: Qemu) -> None:
+        line = qemu.console.attach_socket(with_history=True)
+        postpone = partial(postpone_identity, line, boot_seconds=_BOOT_SECONDS)
+        waiting = asyncio.get_running_loop().run_in_executor(self._dialogue, postpone)
+        try:
+            await asyncio.shield(waiting)
+        finally:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+            await asyncio.gather(waiting, return_exceptions=True)
+            line.close()
+
+
+def _make_memory_file(path: Path, size_bytes: int) -> None:
+    with path.open("xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.truncate(size_bytes)
