@@ -1,7 +1,9 @@
-"""The dialogue with a guest's first boot on its serial line. Blocking: runs in a worker thread.
+"""The dialogue with a guest on its serial line. Blocking: runs in a worker thread.
 
-The template's own `apply-identity` is at the other end: it says that it is ready, takes the
-identity in, and says that it has applied it. sshd and the network start after that.
+The template's own `apply-identity` is at the other end. A first boot says that it is ready, takes
+the identity in, and says that it has applied it; sshd and the network start after that. Told to
+postpone it, it boots to the end and waits there: the machine is saved, and each clone of it takes
+its identity in where that one waited. The caller closes `line` in all cases.
 """
 
 import socket
@@ -10,10 +12,13 @@ import pexpect
 from pexpect import fdpexpect
 
 from oscloudd.errors import HostError, OperationTimeoutError
-from oscloudd.guest.identity import encode_for_line
+from oscloudd.guest.identity import WARM_DOCUMENT, encode_for_line
 
 _READY = "oscloud-identity: ready"
 _APPLIED = "oscloud-identity: applied"
+_POSTPONED = "oscloud-identity: postponed"
+# The guest waits from here on, so the end of the line must be there, too.
+_WARM = "oscloud-identity: warm[\r\n]+"
 _FAILED = "oscloud-identity: failed: ([^\r\n]*)[\r\n]"
 _APPLY_SECONDS = 60.0
 _TAIL_CHARACTERS = 2000
@@ -23,11 +28,38 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) ->
     """Wait for the guest's first boot to ask who it is, and tell it.
 
     `boot_seconds` bounds the wait for the question. Raises OperationTimeoutError or HostError with
-    the last the guest printed; the caller closes `line`.
+    the last the guest printed.
     """
+    guest = _listen(line)
+    _expect(guest, _READY, boot_seconds, "ask for its identity")
+    _send(guest, document)
+    _expect(guest, _APPLIED, _APPLY_SECONDS, "apply its identity")
+
+
+def postpone_identity(line: socket.socket, *, boot_seconds: float) -> None:
+    """Have the guest's first boot go on without identity, to where its clones will be told.
+
+    `boot_seconds` bounds the wait for the question and the boot after it, each. The machine may be
+    saved when this returns. Raises like `tell_identity`.
+    """
+    guest = _listen(line)
+    _expect(guest, _READY, boot_seconds, "ask for its identity")
+    _send(guest, WARM_DOCUMENT)
+    _expect(guest, _POSTPONED, _APPLY_SECONDS, "postpone its identity")
+    _expect(guest, _WARM, boot_seconds, "wait for the identity of a clone")
+
+
+def tell_clone(line: socket.socket, document: str, *, seconds: float) -> None:
+    """Tell a clone who it is; it waits for that and is not asked. Raises like `tell_identity`."""
+    guest = _listen(line)
+    _send(guest, document)
+    _expect(guest, _APPLIED, seconds, "apply its identity")
+
+
+def _listen(line: socket.socket) -> fdpexpect.fdspawn:
     # use_poll: select() can't take descriptors above 1023. searchwindowsize: without it every
     # read searches the whole boot log again.
-    guest = fdpexpect.fdspawn(
+    return fdpexpect.fdspawn(
         line,
         encoding="utf-8",
         codec_errors="replace",
@@ -35,16 +67,16 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) ->
         maxread=65536,
         searchwindowsize=4096,
     )
-    _expect(guest, [_READY], boot_seconds, "ask for its identity")
-    for text in encode_for_line(document):
-        guest.send(text + "\n")
-    if _expect(guest, [_APPLIED, _FAILED], _APPLY_SECONDS, "apply its identity") == 1:
-        raise HostError(f"the guest could not apply its identity: {guest.match.group(1)}")
 
 
-def _expect(guest: fdpexpect.fdspawn, patterns: list[str], seconds: float, what: str) -> int:
+def _send(guest: fdpexpect.fdspawn, document: str) -> None:
+    guest.send("".join(f"{text}\n" for text in encode_for_line(document)))
+
+
+def _expect(guest: fdpexpect.fdspawn, pattern: str, seconds: float, what: str) -> None:
+    """Wait for the pattern; raise HostError when the guest says that it has failed."""
     try:
-        return int(guest.expect(patterns, timeout=seconds))
+        found = guest.expect([pattern, _FAILED], timeout=seconds)
     except pexpect.TIMEOUT as error:
         raise OperationTimeoutError(
             f"the guest did not {what} within {seconds:g} s", console=_tail(guest)
@@ -53,6 +85,8 @@ def _expect(guest: fdpexpect.fdspawn, patterns: list[str], seconds: float, what:
         raise HostError(
             f"the guest's serial line ended before it could {what}", console=_tail(guest)
         ) from error
+    if found == 1:
+        raise HostError(f"the guest could not {what}: {guest.match.group(1)}")
 
 
 def _tail(guest: fdpexpect.fdspawn) -> str:
