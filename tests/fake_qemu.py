@@ -18,8 +18,14 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
     identity_fails     answers an identity with `oscloud-identity: failed: no space left`
     identity_silent    never asks for an identity, nor prints anything
     chatty             prints four MiB on the serial line before the login prompt
+    restore_fails      says why on standard error and ends when it is to take a saved state
+    restore_hangs      begins to take a saved state and never comes to its end
+
+Told to put its identity off (a document with the name `warm`), the guest waits again, can be
+saved there, and goes on from there in a machine of the same shape that is started `-incoming`.
 """
 
+import base64
 import json
 import os
 import re
@@ -71,6 +77,7 @@ class Port:
         self.client: socket.socket | None = None
         self.on_data = on_data
         self.on_open = on_open
+        self.descriptors: list[int] = []
         selector.register(self.listener, selectors.EVENT_READ, self.accept)
 
     def accept(self) -> None:
@@ -82,7 +89,8 @@ class Port:
     def read(self) -> None:
         assert self.client is not None
         try:
-            data = self.client.recv(65536)
+            data, descriptors, *_ = socket.recv_fds(self.client, 65536, 8)
+            self.descriptors += descriptors
         except OSError:
             data = b""
         if data:
@@ -106,8 +114,15 @@ class FakeQemu:
         chosen = self.name.rpartition("-")[2] if "-" in self.name else ""
         self.fault = os.environ.get("FAKE_QEMU") or chosen
         self.status = "prelaunch" if "-S" in arguments else "running"
+        if "-incoming" in arguments:
+            self.status = "inmigrate"
+        self.given: dict[str, Any] = {}
+        self.state_files: dict[str, int] = {}
+        self.migration = "none"
+        self.memory = self.open_memory()
         self.booted = False
         self.identity_lines: list[str] | None = None
+        self.is_warm = False
         self.typed = b""
         self.commands = b""
 
@@ -139,6 +154,20 @@ class FakeQemu:
         descriptor = self.descriptor(name)
         assert descriptor is not None
         return descriptor
+
+    def open_memory(self) -> int | None:
+        """Open the memory file as qemu 7.2 does, by its name and read-write."""
+        objects = [json.loads(v) for v in self.arguments if v.startswith('{"qom-type"')]
+        paths = [found["mem-path"] for found in objects if "mem-path" in found]
+        try:
+            return os.open(paths[0], os.O_RDWR) if paths else None
+        except OSError as error:
+            sys.exit(f"qemu-system-x86_64: can't open backing store {paths[0]}: {error.strerror}")
+
+    def shape(self) -> dict[str, Any]:
+        """Give what a saved machine and the one that goes on must have in common."""
+        options = ("-machine", "-m", "-smp", "-cpu", "-accel", "-append")
+        return {"saved": True, **{option: self.value(option) for option in options}}
 
     # The life of it
 
@@ -195,6 +224,7 @@ class FakeQemu:
             desc = f"The command {command} has not been found"
             self.send({"error": {"class": "CommandNotFound", "desc": desc}, "id": number})
             return
+        self.given = request.get("arguments", {})
         result = handler()
         self.send({"return": {} if result is None else result, "id": number})
         then = getattr(self, "after_" + command.replace("-", "_"), None)
@@ -246,6 +276,58 @@ class FakeQemu:
         if self.fault != "hang_on_quit":
             self.end("host-qmp-quit")
 
+    # Saving and restoring
+
+    def do_migrate_set_capabilities(self) -> None:
+        return None
+
+    def do_migrate_set_parameters(self) -> None:
+        return None
+
+    def do_getfd(self) -> None:
+        self.state_files[self.given["fdname"]] = self.monitor.descriptors.pop(0)
+
+    def do_query_migrate(self) -> dict[str, str]:
+        return {"status": self.migration}
+
+    def do_migrate(self) -> None:
+        return None
+
+    def after_migrate(self) -> None:
+        self.migrated("setup", "active")
+        state = json.dumps({**self.shape(), "warm": self.is_warm, "booted": self.booted})
+        os.write(self.state_files.pop(self.given["uri"].removeprefix("fd:")), state.encode())
+        self.status = "postmigrate"
+        self.migrated("completed")
+
+    def do_migrate_incoming(self) -> None:
+        return None
+
+    def after_migrate_incoming(self) -> None:
+        self.migrated("setup", "active")
+        if self.fault == "restore_hangs":
+            return
+        data = os.read(self.state_files.pop(self.given["uri"].removeprefix("fd:")), 65536)
+        try:
+            state = json.loads(data)
+        except ValueError:
+            state = {}
+        if self.fault == "restore_fails" or {**state, **self.shape()} != state:
+            self.migrated("failed")
+            sys.exit("qemu-system-x86_64: load of migration failed: Invalid argument")
+        self.booted, self.is_warm = state["booted"], state["warm"]
+        if self.is_warm:
+            self.identity_lines = []
+        self.status = "paused"
+        self.migrated("completed")
+
+    def migrated(self, *statuses: str) -> None:
+        for self.migration in statuses:
+            self.event("MIGRATION", {"status": self.migration})
+
+    def do_block_resize(self) -> None:
+        assert self.given["node-name"] == "disk", self.given
+
     # The guest
 
     def boot(self) -> None:
@@ -293,6 +375,10 @@ class FakeQemu:
         if line != ".":
             self.identity_lines.append(line)
             return
+        if not self.is_warm and is_postponement(self.identity_lines):
+            self.identity_lines, self.is_warm = [], True
+            self.print("oscloud-identity: postponed\noscloud-identity: warm\n")
+            return
         self.identity_lines = None
         if self.fault == "identity_fails":
             self.print("oscloud-identity: failed: no space left\n")
@@ -300,6 +386,15 @@ class FakeQemu:
         os.pwrite(self.disk(), MARK, os.fstat(self.disk()).st_size)
         self.print("oscloud-identity: applied\n")
         self.login()
+
+
+def is_postponement(lines: list[str]) -> bool:
+    """Tell whether a document, as it comes over the line, has the name `warm`."""
+    try:
+        document = base64.b64decode("".join(lines)).split()
+    except ValueError:
+        return False
+    return any(line.startswith(b"warm=") for line in document)
 
 
 def main() -> None:

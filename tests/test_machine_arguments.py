@@ -38,6 +38,26 @@ VECTORS = {
     "disk_of_its_own": build_arguments(
         SPEC, Descriptors(monitor=10, serial=11, console_log=12, disk=13)
     ),
+    "to_be_saved": build_arguments(
+        MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda", "memory_shared": True}),
+        Descriptors(
+            monitor=10, serial=11, console_log=12, disk=13, base=14, kernel=15, memory=16, tap=17
+        ),
+    ),
+    "clone": build_arguments(
+        MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda", "incoming": True}),
+        Descriptors(
+            monitor=10,
+            serial=11,
+            console_log=12,
+            disk=13,
+            base=14,
+            frozen=18,
+            kernel=15,
+            memory=16,
+            tap=17,
+        ),
+    ),
     "accelerator_probe": build_probe_arguments("qemu-system-x86_64", "kvm", 10),
 }
 

@@ -11,6 +11,8 @@ LIMIT_BYTES = 8 << 20
 KEPT_BYTES = 1 << 20
 TAIL_BYTES = 64 << 10
 
+_LAST_LINES = 20
+
 
 def read_log_tail(path: Path, limit_bytes: int = TAIL_BYTES) -> bytes:
     """Give the end of a log; b"" when there is none."""
@@ -39,3 +41,9 @@ def trim_log(path: Path) -> bool:
     with path.open("ab") as log:
         log.write(tail[tail.find(b"\n") + 1 :])
     return True
+
+
+def read_last_lines(path: Path, *, since: int = 0) -> str:
+    """Give the last twenty lines behind byte `since` of what a program has printed."""
+    printed = read_log_tail(path, max(0, path.stat().st_size - since))
+    return "\n".join(printed.decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:])

@@ -11,7 +11,7 @@ from oscloudd.errors import CloudError, HostError, NotFoundError, OperationTimeo
 from oscloudd.host.processes import ExitStatus, ProcessHandle, start_process
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
-from oscloudd.machine.console_log import read_log_tail
+from oscloudd.machine.console_log import read_last_lines
 from oscloudd.machine.monitor import OnEvent
 from oscloudd.machine.qemu import KILL_SECONDS, Qemu
 from oscloudd.machine.run_directory import MONITOR, SERIAL, RunDirectory
@@ -19,8 +19,6 @@ from oscloudd.machine.sealed_memory import check_memory_size
 
 # Spawn to first answer takes 28 to 54 ms on an idle machine; a busy one may take very much longer.
 LAUNCH_SECONDS = 30.0
-
-_ERROR_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ async def launch(
             stdout_fd=log_fd,
         )
     directory.write_pid(process.identity.pid)
-    qemu = Qemu(process, directory, spec.uuid, on_event)
+    qemu = Qemu(process, directory, spec.uuid, on_event, log=files.qemu_log)
     try:
         await qemu.connect(timeout_seconds=timeout_seconds)
     except BaseException as error:
@@ -144,15 +142,14 @@ async def _end(process: ProcessHandle) -> ExitStatus | None:
 def _launch_failure(
     argv: list[str], status: ExitStatus | None, error: CloudError, log: Path, log_start: int
 ) -> HostError:
-    printed = read_log_tail(log, max(0, log.stat().st_size - log_start)).decode("utf-8", "replace")
-    lines = printed.strip().splitlines()[-_ERROR_LINES:]
+    output = read_last_lines(log, since=log_start)
     ended = status is not None and status.signal != signal.SIGKILL
-    why = lines[-1] if lines and ended else error.message
+    why = output.splitlines()[-1] if output and ended else error.message
     return HostError(
         f"qemu did not start: {why:.500}",
         hint=f"its log is {log}",
         argv=argv,
         status=status.code if status is not None and ended else None,
         signal=status.signal if status is not None and ended else None,
-        output="\n".join(lines),
+        output=output,
     )

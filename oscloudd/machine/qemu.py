@@ -16,6 +16,7 @@ from typing import Any
 from oscloudd.errors import HostError, NotFoundError, OperationTimeoutError
 from oscloudd.host.processes import ProcessHandle, ProcessIdentity, open_process, peer_pid
 from oscloudd.machine.console import SerialConsole
+from oscloudd.machine.console_log import read_last_lines
 from oscloudd.machine.ending import Ending, describe_ending
 from oscloudd.machine.monitor import ANSWER_SECONDS, Monitor, OnEvent
 from oscloudd.machine.run_directory import MONITOR, SERIAL, RunDirectory
@@ -50,12 +51,14 @@ class Qemu:
         on_event: OnEvent,
         *,
         history: bytes = b"",
+        log: Path | None = None,
     ) -> None:
         self._process = process
         self._directory = directory
         self._uuid = uuid
         self._on_event = on_event
         self._history = history
+        self._log = log
         self._monitor: Monitor | None = None
         self._console: SerialConsole | None = None
         self._cause: str | None = None
@@ -87,6 +90,10 @@ class Qemu:
         if self._console is None:
             raise HostError("there is no connection to the guest's serial line")
         return self._console
+
+    def read_log(self) -> str:
+        """Give the last lines that this qemu, or one before it, has printed; "" when unknown."""
+        return "" if self._log is None else read_last_lines(self._log)
 
     async def connect(self, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
         """Connect to what is not connected yet; may be called again after a failure.

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ RECIPE_VERSION = 1
 
 _STATE_NAME = "oscloud-state"
 
-# How long a qemu whose monitor is gone is given to have ended, too, before that is told.
+# How long a qemu that could not take a state is given to print why and end.
 _ENDING_SECONDS = 2.0
 
 
@@ -136,16 +135,20 @@ async def _wait_completed(heard: Heard) -> None:
         if event.get("status") == "completed":
             return
         if event.get("status") in ("failed", "cancelled"):
-            raise HostError(f"qemu says that it has {event.get('status')}")
-    raise HostError("the connection to qemu's monitor is lost")
+            raise _FailedError(f"qemu says that it has {event.get('status')}")
+    raise _FailedError("the connection to qemu's monitor is lost")
+
+
+class _FailedError(HostError):
+    """The migration was begun and failed; a qemu that was to take a state ends then by itself."""
 
 
 async def _explain(qemu: Qemu, command: str, error: HostError | OperationTimeoutError) -> HostError:
-    """Make one error of a failed migration, with how qemu ended if it did."""
+    """Make one error of a failed migration, with what qemu printed and how it ended if it did."""
     why = error.message
-    if not qemu.is_connected:
-        # A qemu that can't take its state prints why on its log and ends.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_ENDING_SECONDS):
-                why = (await asyncio.shield(qemu.exited)).message
-    return HostError(f"{command} failed: {why}", hint="qemu's log tells more", **error.details)
+    if isinstance(error, _FailedError):
+        await asyncio.wait([qemu.exited], timeout=_ENDING_SECONDS)
+        if qemu.exited.done() and not qemu.exited.cancelled():
+            why = qemu.exited.result().message
+    details = {"output": qemu.read_log(), **error.details}
+    return HostError(f"{command} failed: {why}", **details)
