@@ -57,8 +57,12 @@ class Hall:
         self.binary = binary
         self.machines: list[Qemu] = []
         self.base = root / "base.raw"
-        self.base.write_bytes(SECTOR.ljust(DISK_BYTES, b"\0"))
+        self.base.write_bytes(bytes(DISK_BYTES))
         self.frozen = self.overlay("frozen", self.base, "raw")
+        sector = root / "sector"
+        sector.write_bytes(SECTOR)
+        writing = ["qemu-io", "-f", "qcow2", "-c", f"write -q -s {sector} 0 512", str(self.frozen)]
+        subprocess.run(writing, check=True)
         self.state = root / "state"
         self.memory = make_memory(MEMORY_BYTES)
 
@@ -159,6 +163,7 @@ def fake() -> Iterator[str]:
 def test_clones_go_on_where_a_guest_was_saved_each_for_itself(hall: Hall) -> None:
     async def scene() -> None:
         await hall.template()
+        assert SECTOR not in hall.state.read_bytes()
         before = hall.memory_digest()
         first, second = await hall.clone("first"), await hall.clone("second")
         for machine in (first, second):
