@@ -12,7 +12,7 @@ import pexpect
 from pexpect import fdpexpect
 
 from oscloudd.errors import HostError, OperationTimeoutError
-from oscloudd.guest.identity import WARM_DOCUMENT, encode_for_line
+from oscloudd.guest.identity import WARM_DOCUMENT, encode_for_clone, encode_for_line
 
 _READY = "oscloud-identity: ready"
 _APPLIED = "oscloud-identity: applied"
@@ -32,7 +32,7 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) ->
     """
     guest = _listen(line)
     _expect(guest, _READY, boot_seconds, "ask for its identity")
-    _send(guest, document)
+    _send(guest, encode_for_line(document))
     _expect(guest, _APPLIED, _APPLY_SECONDS, "apply its identity")
 
 
@@ -44,7 +44,7 @@ def postpone_identity(line: socket.socket, *, boot_seconds: float) -> None:
     """
     guest = _listen(line)
     _expect(guest, _READY, boot_seconds, "ask for its identity")
-    _send(guest, WARM_DOCUMENT)
+    _send(guest, encode_for_line(WARM_DOCUMENT))
     _expect(guest, _POSTPONED, _APPLY_SECONDS, "postpone its identity")
     _expect(guest, _WARM, boot_seconds, "wait for the identity of a clone")
 
@@ -52,7 +52,7 @@ def postpone_identity(line: socket.socket, *, boot_seconds: float) -> None:
 def tell_clone(line: socket.socket, document: str, *, seconds: float) -> None:
     """Tell a clone who it is; it waits for that and is not asked. Raises like `tell_identity`."""
     guest = _listen(line)
-    _send(guest, document)
+    _send(guest, encode_for_clone(document))
     _expect(guest, _APPLIED, seconds, "apply its identity")
 
 
@@ -69,8 +69,8 @@ def _listen(line: socket.socket) -> fdpexpect.fdspawn:
     )
 
 
-def _send(guest: fdpexpect.fdspawn, document: str) -> None:
-    guest.send("".join(f"{text}\n" for text in encode_for_line(document)))
+def _send(guest: fdpexpect.fdspawn, lines: list[str]) -> None:
+    guest.send("".join(f"{text}\n" for text in lines))
 
 
 def _expect(guest: fdpexpect.fdspawn, pattern: str, seconds: float, what: str) -> None:

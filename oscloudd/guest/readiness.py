@@ -10,6 +10,9 @@ SSH_PORT = 22
 # only after 1 s (RFC 6298, initial timeout), so an attempt is given up well before that.
 _ATTEMPT_SECONDS = 0.2
 
+# A refusal comes at once, and a guest that refuses will listen any moment: no busy loop, though.
+_REFUSED_SECONDS = 0.05
+
 
 async def wait_ssh_banner(address: str, *, timeout_seconds: float) -> str:
     """Wait for an ssh banner (RFC 4253 section 4.2) at `address` and give it.
@@ -30,15 +33,14 @@ async def wait_ssh_banner(address: str, *, timeout_seconds: float) -> str:
 
 
 async def _try_once(address: str) -> str | None:
-    pause = asyncio.create_task(asyncio.sleep(_ATTEMPT_SECONDS))
     try:
         async with asyncio.timeout(_ATTEMPT_SECONDS):
             reader, writer = await asyncio.open_connection(address, SSH_PORT)
-    except (OSError, TimeoutError):
-        await pause  # a refusal comes at once: no busy loop against a guest that is booting
+    except TimeoutError:
         return None
-    finally:
-        pause.cancel()
+    except OSError:
+        await asyncio.sleep(_REFUSED_SECONDS)
+        return None
     try:
         line = await reader.readline()
     except OSError:
