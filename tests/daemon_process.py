@@ -82,7 +82,11 @@ class Line:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(LIMIT_SECONDS)
-        self.socket.connect(str(path))
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
         self._file = self.socket.makefile("rb")
 
     def __enter__(self) -> "Line":

@@ -172,3 +172,22 @@ def rows_of_a_life(box: Box) -> list[Any]:
         box.rows("SELECT id, state, target, vm_id, attempts FROM job WHERE kind = 'vm_stop'"),
         box.rows("SELECT kind, name, vm_id FROM event ORDER BY id")[:1],
     ]
+
+
+def test_a_second_daemon_on_the_same_database_refuses_and_touches_nothing(
+    mariadb_box: Box, fake_qemu_binary: Path, mariadb: MariaDb
+) -> None:
+    vm = mariadb_box.create("web")
+    other = Box(fake_qemu_binary)
+    try:
+        config = other.root / "oscloud.toml"
+        url = mariadb.url(mariadb_box.database)
+        config.write_text(config.read_text().replace('database = ""', f'database = "{url}"'))
+        second = other.spawn()
+        assert second.wait(LIMIT_SECONDS) == 11
+        assert "another oscloudd uses the database" in other.log()
+        config.write_text(config.read_text().replace(f'database = "{url}"', 'database = ""'))
+        assert mariadb_box.call("vm_info", vm="web")["pid"] == vm["pid"]
+        assert mariadb_box.call("vm_stop", vm="web", force=True)["state"] == "STOPPED"
+    finally:
+        other.close()

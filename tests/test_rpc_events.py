@@ -187,6 +187,8 @@ def test_events_that_are_no_longer_kept_are_an_error(box: Box, follow: bool) -> 
     insert(box, 10)
     oldest = latest(box) - 2
     box.rows("DELETE FROM event WHERE id < ?", oldest)
+    forgotten = ("events_forgotten_up_to", str(oldest - 1))
+    box.rows("INSERT INTO meta (name, value) VALUES (?, ?)", *forgotten)
     with pytest.raises(RpcError) as refused:
         box.call("event_watch", since=oldest - 2, follow=follow)
     assert refused.value.kind == "not_found"

@@ -1,6 +1,8 @@
 """Long operations as jobs: journalled, listed, waited for, cancelled."""
 
 import itertools
+import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -208,3 +210,27 @@ def test_more_memory_than_the_host_may_give_is_refused_with_the_numbers(box: Box
         box.call("vm_start", vm="two")
     assert refused.value.data["resource"] == "memory"
     assert box.call("vm_info", vm="two")["state"] == "STOPPED"
+
+
+def test_a_vm_restarted_while_it_boots_outlives_the_job_that_makes_it(box: Box) -> None:
+    job = box.create("web-identity_silent", wait="none")
+    vm = box.wait("web-identity_silent", "RUNNING")
+    again = box.call("vm_restart", vm=vm["id"], force=True)
+    assert again["pid"] != vm["pid"]
+    assert wait_for(box, job["id"])["state"] == "FAILED"
+    assert box.call("vm_info", vm=vm["id"])["pid"] == again["pid"]
+    assert box.qemus() == [again["pid"]]
+
+
+def test_a_vm_may_be_started_the_moment_it_is_seen_to_have_ended(box: Box) -> None:
+    vm = box.create("web")
+    for _ in range(10):
+        os.kill(vm["pid"], signal.SIGKILL)
+        box.wait("web", "CRASHED")
+        vm = box.call("vm_start", vm="web")
+        assert box.call("vm_qemu_command", vm="web", command="query-name") == {"name": "web"}
+    # Its sockets are its own: another daemon finds it by them.
+    box.end(signal.SIGKILL)
+    box.start()
+    assert box.call("vm_qemu_command", vm="web", command="query-name") == {"name": "web"}
+    assert box.call("vm_info", vm="web")["pid"] == vm["pid"]

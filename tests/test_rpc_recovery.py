@@ -232,3 +232,60 @@ def create_in_vain(box: Box, fault: str, wait: str) -> RpcError:
     assert {state for (state,) in box.rows("SELECT state FROM job")} == {"FAILED"}
     assert box.call("vm_list") == []
     return failed.value
+
+
+def test_a_job_whose_undoing_was_cut_short_is_undone(box: Box) -> None:
+    job = box.create("web", wait="none")
+    box.wait("web", "RUNNING")
+    box.end(signal.SIGKILL)
+    undoing = (
+        '{"wait": "ready", "undoing": {"kind": "cancelled", "message": "job 1 was cancelled"}}'
+    )
+    box.rows("UPDATE job SET params = ?", undoing)
+    box.start()
+    ended = box.call("job_wait", job=job["id"], timeout=LIMIT_SECONDS)
+    assert (ended["state"], ended["message"]) == ("CANCELLED", "job 1 was cancelled")
+    assert box.traces() == {}
+
+
+def test_a_job_that_had_only_to_be_called_done_holds_up_nothing(box: Box) -> None:
+    vm = box.create("web", restart="on-failure")
+    box.call("vm_stop", vm="web", force=True)
+    vm = box.call("vm_start", vm="web")
+    box.end(signal.SIGKILL)
+    os.kill(vm["pid"], signal.SIGKILL)
+    box.until(lambda: not box.qemus(), "the end of qemu")
+    box.rows("UPDATE job SET state = 'RUNNING', finished_at = NULL WHERE kind = 'vm_start'")
+    box.start()
+    box.until(lambda: box.call("vm_info", vm="web")["state"] == "RUNNING", "another start")
+    assert box.rows("SELECT state FROM job WHERE kind = 'vm_start' ORDER BY id")[0] == ("DONE",)
+
+
+def test_a_vm_that_runs_though_the_database_says_otherwise_is_adopted(box: Box) -> None:
+    vm = box.create("web")
+    box.end(signal.SIGKILL)
+    # As when an older copy of the database was put back.
+    box.rows("DELETE FROM job")
+    box.rows(
+        "UPDATE vm SET state = 'STOPPED', wanted_state = 'STOPPED', qemu_pid = NULL,"
+        " qemu_start_ticks = NULL, qemu_boot_id = NULL"
+    )
+    box.start()
+    seen = box.wait("web", "RUNNING")
+    assert (seen["pid"], box.qemus()) == (vm["pid"], [vm["pid"]])
+    assert box.call("vm_stop", vm="web")["state"] == "STOPPED"
+
+
+def test_a_creation_goes_on_with_a_qemu_that_was_slow_to_answer_the_next_daemon(box: Box) -> None:
+    job = box.create("web", wait="none")
+    vm = box.wait("web", "RUNNING")
+    box.until(lambda: box.rows("SELECT stage FROM job") == [("booting",)], "the guest's boot")
+    os.kill(vm["pid"], signal.SIGSTOP)
+    box.end(signal.SIGKILL)
+    box.start()
+    box.wait("web", "UNRESPONSIVE")
+    os.kill(vm["pid"], signal.SIGCONT)
+    box.wait("web", "RUNNING")
+    with box.sshd_at(vm["ip"]):
+        assert box.call("job_wait", job=job["id"], timeout=LIMIT_SECONDS)["state"] == "DONE"
+    assert box.call("vm_info", vm="web")["ready"]

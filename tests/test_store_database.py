@@ -298,7 +298,7 @@ def test_a_server_that_hangs_keeps_nobody_in_a_queue(
         finally:
             mariadb.send_signal(signal.SIGCONT)
         assert {type(answer) for answer in answers} == {UnavailableError}
-        assert await database.run(Job.select().count) == 1
+        assert await database.run_when_available(Job.select().count) == 1
 
     with_database(lambda: Database(Path("unused"), mariadb.url(mariadb_name)), work)
 

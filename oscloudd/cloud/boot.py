@@ -14,7 +14,7 @@ from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
-from oscloudd.errors import CloudError
+from oscloudd.errors import CloudError, OperationTimeoutError
 from oscloudd.guest.dialogue import tell_clone, tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
@@ -44,26 +44,24 @@ class Boot:
 
     async def attend(self, vm: VmRecord, held: Held) -> None:
         """Open the serial port and see the guest through its boot, in the background."""
-        if held.telnet is not None:
+        if held.attended.is_set():
             return
         console_log = vm_paths(self._config, vm.id, vm.disk_id).console_log
-        await asyncio.to_thread(trim_log, console_log)
-        telnet = held.telnet = TelnetServer(
-            held.qemu.console, vm.serial_port, lambda uid: uid in (0, vm.owner_uid)
-        )
         try:
-            await telnet.start()
-        except CloudError as error:
-            # A busy port takes away one of three ways to the console, not the vm.
-            _log.warning("vm %d: %s", vm.id, error.message)
+            await asyncio.to_thread(trim_log, console_log)
+        except OSError as error:
+            _log.warning("vm %d: %s", vm.id, error)
+        if held.telnet is None:
+            held.telnet = await _open_port(vm, held)
         if held.qemu.exited.done():
             # It died meanwhile, and the watcher may have let go before there was a port to close.
-            await telnet.close()
+            await held.telnet.close()
             return
         seen = await self._states.find(vm.id)
-        if seen is not None and not seen.ready:
+        if seen is not None and not seen.ready and held.settling is None:
             held.settling = asyncio.create_task(self._settle(vm, held), name=f"vm {vm.id} boot")
             held.settling.add_done_callback(_retrieve)
+        held.attended.set()
 
     async def _settle(self, vm: VmRecord, held: Held) -> None:
         document = await self._states.seed_document(vm.id)
@@ -84,11 +82,22 @@ class Boot:
         held.identified.set()
         held.on_stage("ready", f"waiting for sshd at {vm.ip}")
         began = time.monotonic()
-        await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
+        await self._wait_ssh(vm, may_take_longer=not document)
         held.timings["banner"] = time.monotonic() - began
         if not document:
             await self._states.record_identified(vm.id)
         await self._states.record_ready(vm.id, held.timings)
+
+    async def _wait_ssh(self, vm: VmRecord, *, may_take_longer: bool) -> None:
+        while True:
+            try:
+                await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
+            except OperationTimeoutError:
+                # Checking a large disk may take an old guest longer; a new one has none.
+                if not may_take_longer:
+                    raise
+            else:
+                return
 
     async def _tell(self, line: socket.socket, tell: Callable[[], None]) -> None:
         telling = asyncio.get_running_loop().run_in_executor(self._dialogues, tell)
@@ -101,6 +110,16 @@ class Boot:
                 line.shutdown(socket.SHUT_RDWR)
             await asyncio.gather(telling, return_exceptions=True)
             line.close()
+
+
+async def _open_port(vm: VmRecord, held: Held) -> TelnetServer:
+    telnet = TelnetServer(held.qemu.console, vm.serial_port, lambda uid: uid in (0, vm.owner_uid))
+    try:
+        await telnet.start()
+    except CloudError as error:
+        # A busy port takes away one of three ways to the console, not the vm.
+        _log.warning("vm %d: %s", vm.id, error.message)
+    return telnet
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -38,6 +39,7 @@ from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
 _HOUSEKEEPING_SECONDS = 600.0
+_DATABASE_SECONDS = 20.0
 
 
 class DaemonInfo(msgspec.Struct, frozen=True):
@@ -119,7 +121,7 @@ class Cloud:
 
     def start(self) -> None:
         """Take hold of what runs and keep house, in the background."""
-        for work in (self._reconciler.run(), self._keep_house()):
+        for work in (self._reconciler.run(), self._keep_house(), self._keep_database()):
             self._background.append(asyncio.create_task(work))
 
     async def stop(self) -> None:
@@ -146,9 +148,17 @@ class Cloud:
             ):
                 try:
                     await work()
-                except (CloudError, OSError):
+                except Exception:
+                    # One thing that can't be done does not keep the others.
                     _log.exception("housekeeping")
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+
+    async def _keep_database(self) -> None:
+        """Use the database now and then: a server hangs up on who is silent for a minute."""
+        while True:
+            await asyncio.sleep(_DATABASE_SECONDS)
+            with suppress(CloudError):
+                await self._database.run(lambda: None)
 
     async def info(self) -> DaemonInfo:
         """Describe the daemon."""

@@ -14,10 +14,11 @@ from peewee import fn
 from oscloudd.cloud.changes import Changes
 from oscloudd.errors import NotFoundError
 from oscloudd.store.database import Database
-from oscloudd.store.models import Event
+from oscloudd.store.models import Event, Meta
 
 # A vm that is made and deleted writes about 20.
 KEPT_EVENTS = 20_000
+_FORGOTTEN = "events_forgotten_up_to"
 
 
 class EventKind(StrEnum):
@@ -84,12 +85,12 @@ class Events:
         """
 
         def read() -> list[tuple[Any, ...]]:
-            oldest = Event.select(fn.MIN(Event.id)).scalar()
-            if oldest is not None and since + 1 < oldest and since >= 0 and oldest > 1:
+            forgotten = Meta.get_or_none(Meta.name == _FORGOTTEN)
+            if forgotten is not None and since < int(forgotten.value):
                 raise NotFoundError(
-                    f"the events after {since} are no longer kept: the oldest is {oldest}",
-                    hint=f"watch from {oldest - 1} on, and look at the vms anew",
-                    oldest=oldest,
+                    f"the events after {since} are no longer kept up to {forgotten.value}",
+                    hint=f"watch from {forgotten.value} on, and look at the vms anew",
+                    oldest=int(forgotten.value) + 1,
                 )
             query = Event.select().where(Event.id > since).order_by(Event.id).limit(limit)
             return list(query.tuples())
@@ -104,6 +105,8 @@ class Events:
 
         def prune() -> None:
             newest = Event.select(fn.MAX(Event.id)).scalar() or 0
-            Event.delete().where(Event.id <= newest - KEPT_EVENTS).execute()
+            if newest > KEPT_EVENTS:
+                Event.delete().where(Event.id <= newest - KEPT_EVENTS).execute()
+                Meta.replace(name=_FORGOTTEN, value=str(newest - KEPT_EVENTS)).execute()
 
         await self._database.run(prune)

@@ -20,9 +20,10 @@ _log = logging.getLogger(__name__)
 BEAT_SECONDS = 2.0
 LATE_SECONDS = 2.5
 
+PAUSED_BY_USER = "paused by the user"
 _STATE_OF_STATUS = {
     "running": (VmState.RUNNING, ""),
-    "paused": (VmState.PAUSED, "paused by the user"),
+    "paused": (VmState.PAUSED, PAUSED_BY_USER),
     "io-error": (VmState.PAUSED, "an error of the host's disk stopped it"),
     "guest-panicked": (VmState.PAUSED, "the guest's kernel panicked"),
 }
@@ -48,11 +49,13 @@ class Heartbeat:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             try:
-                await self._ask(held)
+                status = await self._ask(held)
                 if held.is_out_of_space:
-                    await self._go_on(held)
-            except CloudError as error:
-                await self.see_late(held, error.message)
+                    await self._go_on(held, status)
+            except (CloudError, OSError) as error:
+                await self.see_late(held, str(error))
+            except Exception:
+                _log.exception("vm %d: its heartbeat", held.vm_id)
 
     async def see_late(self, held: Held, why: str) -> None:
         """Write down that a qemu can't be asked, the first time it is seen."""
@@ -74,7 +77,7 @@ class Heartbeat:
             return f"the host's disk is full; it goes on once {self._floor()} are free"
         return "stopped by a disk error"
 
-    async def _ask(self, held: Held) -> None:
+    async def _ask(self, held: Held) -> str:
         """Wait for one answer however long it takes: more questions would only fill the socket."""
         if not held.qemu.is_connected:
             await held.qemu.connect(timeout_seconds=LATE_SECONDS)
@@ -87,18 +90,34 @@ class Heartbeat:
         finally:
             asking.cancel()
         if held.is_late:
-            held.is_late = False
-            _log.info("vm %d answers again", held.vm_id)
-            state, reason = state_of(status)
-            await self._states.see_if(held.vm_id, SEEN_STATES, state, reason)
-            await self._on_back(held)
+            await self._see_back(held, status)
+        return status
 
-    async def _go_on(self, held: Held) -> None:
+    async def _see_back(self, held: Held, status: str) -> None:
+        """Write down what a qemu that answers again is in."""
+        _log.info("vm %d answers again", held.vm_id)
+        state, reason = state_of(status)
+        if status == "prelaunch":
+            state, reason = VmState.RUNNING, ""
+        if status == "io-error":
+            held.is_out_of_space = await self.is_out_of_space(held)
+            reason = self.why_stopped(held)
+        seen = await self._states.see_if(held.vm_id, SEEN_STATES, state, reason)
+        if seen and status == "prelaunch":
+            await held.qemu.resume()
+        await self._on_back(held)
+        held.is_late = False
+
+    async def _go_on(self, held: Held, status: str) -> None:
+        """Let a guest that a full disk has stopped go on; its user may have paused it since."""
+        if status != "io-error":
+            held.is_out_of_space = False
+            return
         free = await asyncio.to_thread(disk_free_bytes, self._config.state_path)
         if free >= self._config.limits.min_free_disk_bytes():
-            held.is_out_of_space = False
             _log.info("vm %d goes on: %d bytes are free again", held.vm_id, free)
             await held.qemu.resume()
+            held.is_out_of_space = False
 
     def _floor(self) -> str:
         return self._config.limits.min_free_disk

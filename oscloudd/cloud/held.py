@@ -24,11 +24,23 @@ class Held:
         self.pulse: asyncio.Task[None] | None = None
         self.timings: dict[str, float] = {}  # seconds of each stage of its coming up
         self.identified = asyncio.Event()
+        self.attended = asyncio.Event()  # its serial port is open, its boot is being followed
         self.is_late = False
         self.is_out_of_space = False
         self.last_stage: tuple[str, str] | None = None
         self._listener: Callable[[str, str], None] | None = None
         self._asides: set[asyncio.Task[Any]] = set()
+        self._last_aside: asyncio.Task[Any] | None = None
+
+    async def is_attended(self) -> bool:
+        """Wait until its boot is being followed; False when it ends before."""
+        assert self.watcher is not None
+        attended = asyncio.ensure_future(self.attended.wait())
+        try:
+            await asyncio.wait({attended, self.watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            attended.cancel()
+        return self.attended.is_set()
 
     def on_stage(self, stage: str, message: str) -> None:
         """Say how far the guest's boot is."""
@@ -43,8 +55,15 @@ class Held:
             listener(*self.last_stage)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do something on the side for as long as the hold lasts."""
-        task = asyncio.create_task(work, name=f"vm {self.vm_id} aside")
+        """Do something on the side, one after the other, for as long as the hold lasts."""
+        before = self._last_aside
+
+        async def in_turn() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            await work
+
+        task = self._last_aside = asyncio.create_task(in_turn(), name=f"vm {self.vm_id} aside")
         self._asides.add(task)
         task.add_done_callback(self._asides.discard)
 

@@ -70,6 +70,18 @@ def running_jobs() -> list[JobRow]:
 
 def taken_up_again(row: JobRow) -> JobRow:
     """Count one more daemon that works on a job, inside a transaction."""
-    row.attempts += 1
-    row.save()
-    return row
+    # In SQL: a transaction that the database lost is run again, and must not count again.
+    JobRow.update(attempts=JobRow.attempts + 1).where(JobRow.id == row.id).execute()
+    taken: JobRow = JobRow.get_by_id(row.id)
+    return taken
+
+
+def forgive_attempt(job_ids: list[int]) -> None:
+    """Don't count a daemon that was told to stop as one that the jobs may have killed."""
+    JobRow.update(attempts=JobRow.attempts - 1).where(JobRow.id.in_(job_ids)).execute()
+
+
+def mark_undoing(job_id: int, params: dict[str, Any]) -> None:
+    """Write down that a job is being undone: from here on nobody takes its steps up again."""
+    text = msgspec.json.encode(params).decode()
+    JobRow.update(params=text).where(JobRow.id == job_id).execute()

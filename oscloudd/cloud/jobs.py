@@ -8,15 +8,29 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from oscloudd.cloud.changes import Changes
-from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, tell_job
+from oscloudd.cloud.job_rows import (
+    JobState,
+    finish_job,
+    forgive_attempt,
+    insert_job,
+    mark_undoing,
+    tell_job,
+)
 from oscloudd.cloud.missing import missing
-from oscloudd.errors import CancelledJobError, CloudError, InvalidStateError
+from oscloudd.errors import (
+    CancelledJobError,
+    CloudError,
+    InternalError,
+    InvalidStateError,
+    UnavailableError,
+)
 from oscloudd.store.database import Database
 from oscloudd.store.models import Job as JobRow
 from oscloudd.units import is_possible_id
@@ -83,8 +97,10 @@ class Job:
         self.target = str(row.target)
         self.vm_id: int = row.vm_id or 0
         self.step = int(row.step)
-        self.stage = str(row.stage)
+        self.stage = self.journalled_stage = str(row.stage)
         self.attempts = int(row.attempts)
+        self.is_resumed = False  # an earlier daemon has begun it
+        self.booting_pid: int | None = None  # the qemu whose guest a new vm waits for
         self.params: dict[str, Any] = msgspec.json.decode(row.params)
         self.message = ""
         self.fraction: float | None = None
@@ -94,11 +110,6 @@ class Job:
         self.listeners: list[OnProgress] = []
         self._step_done = asyncio.Event()
         self._inner: asyncio.Future[Any] | None = None
-
-    @property
-    def is_resumed(self) -> bool:
-        """Whether an earlier daemon has begun it."""
-        return self.attempts > 1
 
     def report(self, stage: str, message: str, fraction: float | None = None) -> None:
         """Say what is being done now."""
@@ -237,20 +248,34 @@ class Jobs:
 
     async def step_done(self, job: Job, number: int, next_stage: str) -> None:
         """Write down that `number` steps are done, and which is next."""
+        stage = job.journalled_stage
 
         def write() -> None:
             JobRow.update(step=number, stage=next_stage).where(JobRow.id == job.id).execute()
-            tell_job(JobRow.get_by_id(job.id), JobState.RUNNING, next_stage)
+            if next_stage != stage:
+                tell_job(JobRow.get_by_id(job.id), JobState.RUNNING, next_stage)
 
         await self._database.run_when_available(write)
+        job.journalled_stage = next_stage
         job.mark_done(number)
         self._changes.announce()
 
     async def close(self) -> None:
         """Cancel what is under way; the rows say RUNNING, and the next start sees to them."""
+        left = list(self._live)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(UnavailableError):
+            await self._database.run(lambda: forgive_attempt(left))
+
+    async def undoing(self, job: Job, error: BaseException) -> None:
+        """Write down that a job is being undone, and why."""
+        kind = error.kind if isinstance(error, CloudError) else InternalError.kind
+        message = error.message if isinstance(error, CloudError) else "something unexpected"
+        job.params["undoing"] = {"kind": kind, "message": message}
+        params = dict(job.params)
+        await self._database.run_when_available(lambda: mark_undoing(job.id, params))
 
     async def prune(self) -> None:
         """Forget jobs that ended long ago, and all but the newest of them."""

@@ -6,6 +6,7 @@ Whether and when is in `restart_policy`; this waits, looks once more, and begins
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 from oscloudd.cloud.events import Events
@@ -17,9 +18,10 @@ from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
-from oscloudd.errors import CloudError
+from oscloudd.errors import CloudError, OperationTimeoutError
 
 _log = logging.getLogger(__name__)
+_BUSY_SECONDS = 3600.0
 
 
 class Keeper:
@@ -70,6 +72,7 @@ class Keeper:
             delay = restarts.delay_seconds(time.monotonic())
             _log.info("vm %d (%s) is %s: started again in %.1f s", vm_id, vm.name, vm.state, delay)
             await asyncio.sleep(delay)
+            await self._until_free(vm)
             restarts.started(time.monotonic())
             if await self._start(vm):
                 return
@@ -81,16 +84,28 @@ class Keeper:
             begun = await self._operations.begin("vm_start", vm.id, Order(0), self._decide)
             if begun is not None:
                 await asyncio.shield(begun[1])
-        except CloudError as error:
-            message = f"it could not be started again: {error.message}"
-            _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
-            await self._events.warn(vm.name, message, vm_id=vm.id)
+        except Exception as error:
+            # Whatever it is, the vm is still wanted: it is tried again, later and later.
+            _log.warning("vm %d (%s) could not be started again: %s", vm.id, vm.name, error)
+            with suppress(CloudError):
+                message = f"it could not be started again: {error}"
+                await self._events.warn(vm.name, message, vm_id=vm.id)
             return False
         return True
 
+    async def _until_free(self, vm: VmRecord) -> None:
+        """Wait until no job is at the vm: one whose making failed is about to be removed."""
+
+        async def look() -> bool | None:
+            jobs = await self._states.look(running_jobs)
+            return None if any(job.vm_id == vm.id for job in jobs) else True
+
+        what = f"the end of what is being done to vm {vm.name}"
+        with suppress(OperationTimeoutError):
+            await self._states.changes.wait_until(look, timeout_seconds=_BUSY_SECONDS, what=what)
+
     def _decide(self, vm: VmRecord) -> dict[str, Any] | None:
-        # One whose making failed is about to be removed.
-        if not _should_run(vm) or any(job.vm_id == vm.id for job in running_jobs()):
+        if not _should_run(vm):
             return None
         return self._power.decide_start(vm) | {"revive": True}
 

@@ -6,6 +6,7 @@ it, and what is up is put back in order whenever it is needed again.
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -105,6 +106,7 @@ class Networks:
         self._database = database
         self._host = asyncio.Lock()
         self._known_up: set[int] = set()
+        self._checked: dict[int, float] = {}
 
     async def ensure_default(self) -> None:
         """Make the network `default` unless there is one, on a subnet the host does not use yet."""
@@ -131,9 +133,17 @@ class Networks:
 
         await self._database.run(insert)
 
-    async def ensure_up(self, network: NetworkRecord) -> None:
-        """Bring up the network's bridge and the firewall of all networks; may be called again."""
+    async def ensure_up(
+        self, network: NetworkRecord, *, checked_within_seconds: float = 0.0
+    ) -> None:
+        """Bring up the network's bridge and the firewall of all networks; may be called again.
+
+        One that was looked at within so many seconds is not looked at again.
+        """
         async with self._host:
+            now = time.monotonic()
+            if now - self._checked.get(network.id, -math.inf) < checked_within_seconds:
+                return
             gateway = gateway_of(network.subnet)
             bridge = Bridge(network.bridge, gateway, network.subnet.prefixlen)
             await ensure_bridge(bridge)
@@ -141,6 +151,7 @@ class Networks:
                 await asyncio.to_thread(ensure_forwarding)
                 await apply_ruleset(await self._database.run(_read_guest_networks))
                 self._known_up.add(network.id)
+            self._checked[network.id] = now
 
     async def forget_gone(self) -> list[str]:
         """Take networks that have no row out of the firewall, and give their bridges."""

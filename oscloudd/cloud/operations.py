@@ -15,7 +15,7 @@ from oscloudd.cloud.job_rows import insert_job, taken_up_again
 from oscloudd.cloud.jobs import Job, Jobs, Order
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.cloud.vm_steps import VmSteps
-from oscloudd.errors import HostError
+from oscloudd.errors import ERRORS_BY_KIND, HostError
 from oscloudd.store.database import Database
 from oscloudd.store.models import Job as JobRow
 
@@ -153,8 +153,9 @@ class Operations:
 
         With `is_held` the caller has `lock`, and gives it away.
         """
-        await self._database.run_when_available(lambda: taken_up_again(row))
+        row = await self._database.run_when_available(lambda: taken_up_again(row))
         job = self._jobs.take(row)
+        job.is_resumed = True
         names = [step.name for step in OPERATIONS[job.kind].steps]
         _log.info("job %d (%s %s) goes on at %s", job.id, job.kind, job.target, names[job.step :])
         return self._jobs.run(job, self._carry_out(job, lock, held=is_held))
@@ -167,6 +168,7 @@ class Operations:
 
     async def _carry_out(self, job: Job, lock: asyncio.Lock, *, held: bool = True) -> None:
         try:
+            _check_undoing(job)
             for step in OPERATIONS[job.kind].steps[job.step :]:
                 if held and not step.holds_vm:
                     lock.release()
@@ -178,12 +180,13 @@ class Operations:
             if not held:
                 await lock.acquire()
                 held = True
+            await self._jobs.undoing(job, error)
             await OPERATIONS[job.kind].undo(self._steps, job, error)
             raise
         finally:
             if held:
                 lock.release()
-            if job.kind == "vm_delete" and not lock.locked():
+            if job.kind == "vm_delete" and job.step == len(OPERATIONS[job.kind].steps):
                 self._locks.pop(job.vm_id, None)
 
     async def _do(self, job: Job, step: Step) -> None:
@@ -203,3 +206,10 @@ class Operations:
         steps = OPERATIONS[job.kind].steps
         following = steps[number].name if number < len(steps) else name
         await self._jobs.step_done(job, number, following)
+
+
+def _check_undoing(job: Job) -> None:
+    """Go on undoing what an earlier daemon was undoing: raise the error it did that for."""
+    undoing = job.params.get("undoing")
+    if undoing is not None:
+        raise ERRORS_BY_KIND[undoing["kind"]](undoing["message"])

@@ -14,7 +14,7 @@ import msgspec
 from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, running_jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
-from oscloudd.cloud.operations import OPERATIONS, Operations
+from oscloudd.cloud.operations import OPERATIONS, Operations, count_steps
 from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.vm_records import VmRecord, read_vms
@@ -77,7 +77,10 @@ class Reconciler:
     def _look(self, boot: str) -> dict[int, list[JobRow]]:
         jobs: dict[int, list[JobRow]] = {}
         for row in running_jobs():
-            if row.kind in OPERATIONS:
+            # A new name is there with the job's row.
+            if row.kind == "vm_rename" or row.step >= count_steps(row.kind):
+                finish_job(row.id, JobState.DONE)
+            elif row.kind in OPERATIONS:
                 jobs.setdefault(row.vm_id, []).append(row)
             else:
                 finish_job(row.id, JobState.FAILED, "the daemon ended before it", "unavailable")
@@ -165,20 +168,24 @@ class Reconciler:
         if vm.state in (VmState.CREATING, VmState.DELETING) and not is_busy:
             _log.warning("vm %d (%s) was left %s and is removed", vm.id, vm.name, vm.state)
             await self._steps.demolish(vm)
-        elif vm.process is not None:
-            try:
-                await self._supervisor.adopt(vm, see=not is_busy)
-                _log.info("vm %d (%s) adopted: its qemu is process %d", vm.id, vm.name, vm.pid)
-            except NotFoundError:
-                if is_busy:
-                    await self._states.forget_process(vm.id)
-                else:
-                    await self._states.change(lambda: _write_ended(vm, boot_id()))
-        elif not is_busy:
+        elif vm.process is not None and await self._adopt(vm, is_busy=is_busy):
+            _log.info("vm %d (%s) adopted: its qemu is process %d", vm.id, vm.name, vm.pid)
+        elif is_busy:
+            await self._states.forget_process(vm.id)  # the rest is for its job to do
+        elif await self._supervisor.adopt_unrecorded(vm):
+            _log.warning("vm %d (%s) runs, and the database did not say so", vm.id, vm.name)
+        else:
             # The directory of one that ended unseen, and perhaps a qemu that nobody wrote down.
             await self._steps.end_stray(vm)
             if vm.state not in DOWN_STATES:
                 await self._states.change(lambda: _write_ended(vm, boot_id()))
+
+    async def _adopt(self, vm: VmRecord, *, is_busy: bool) -> bool:
+        try:
+            await self._supervisor.adopt(vm, see=not is_busy)
+        except NotFoundError:
+            return False
+        return True
 
 
 def _write_ended(vm: VmRecord, boot: str) -> None:

@@ -9,12 +9,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
 
+import msgspec
+
 from oscloudd.cloud.boot import Boot
-from oscloudd.cloud.heartbeat import Heartbeat, state_of
+from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
@@ -25,9 +28,10 @@ from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.warm_files import WarmImage, frozen_disk
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, HostError, InvalidStateError
+from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.taps import open_tap
+from oscloudd.host.processes import find_processes_in, is_same_process
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -44,6 +48,9 @@ _log = logging.getLogger(__name__)
 # A qemu that is well answers in milliseconds; one that is not must not keep others waiting.
 ADOPTION_SECONDS = 3.0
 _EXIT_SECONDS = 5.0
+
+# What a vm that is let run may be in; by then its qemu may have ended, and that stands.
+_BECOMING = SEEN_STATES | {VmState.CREATING, VmState.STARTING}
 
 
 class Supervisor:
@@ -120,6 +127,7 @@ class Supervisor:
         """
         template = self._templates.get_ready(vm.template)
         accelerator = await asyncio.shield(self._accelerator)
+        self._remember_neighbour(vm)
         tap_fd = open_tap(vm.tap, vm.bridge)
         try:
             spec = _spec(vm, template, accelerator.name, self._config.qemu.binary)
@@ -138,7 +146,6 @@ class Supervisor:
         started = "cold" if warm is None else "warm"
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
-        self._remember_neighbour(vm)
 
     async def _restore(self, vm: VmRecord, held: Held, warm: WarmImage) -> None:
         began = time.monotonic()
@@ -175,7 +182,7 @@ class Supervisor:
             raise await self._ended_early(vm.id)
         if await held.qemu.status() in ("prelaunch", "paused"):
             await held.qemu.resume()
-        await self._states.see(vm.id, VmState.RUNNING)
+        await self._states.see_if(vm.id, _BECOMING, VmState.RUNNING)
         await self._boot.attend(vm, held)
 
     async def adopt(self, vm: VmRecord, *, see: bool = True) -> None:
@@ -194,24 +201,65 @@ class Supervisor:
             history=history, timeout_seconds=ADOPTION_SECONDS,
         )  # fmt: skip
         self._hold(vm, held)
+        held.is_late = True  # the heartbeat sees to what is cut short here
         try:
             await self._see_adopted(vm, held, see=see)
+            held.is_late = False
         except CloudError as error:
             _log.warning("vm %d (%s): %s", vm.id, vm.name, error.message)
-            held.is_late = True
             if see:
                 reason = f"qemu does not answer: {error.message}"
                 await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
 
+    async def adopt_unrecorded(self, vm: VmRecord) -> bool:
+        """Take hold of a qemu that runs in the vm's directory though no row says so.
+
+        So it is when an older copy of the database was put back. False where there is none, or one
+        that has never run: that was being started when a daemon died.
+        """
+        directory = vm_paths(self._config, vm.id, vm.disk_id).run_directory
+        for identity in await asyncio.to_thread(find_processes_in, directory):
+            found = msgspec.structs.replace(
+                vm,
+                pid=identity.pid,
+                start_ticks=identity.start_time_ticks,
+                boot_id=identity.boot_id,
+                state=VmState.RUNNING,
+            )
+            with suppress(NotFoundError):  # it has ended meanwhile
+                if await self._has_run(found):
+                    await self._states.record_process(vm.id, identity, vm.accelerator)
+                    await self.adopt(found)
+                    return True
+        return False
+
+    async def _has_run(self, vm: VmRecord) -> bool:
+        assert vm.process is not None
+        directory = vm_paths(self._config, vm.id, vm.disk_id).run_directory
+        qemu = await adopt(
+            directory, vm.process, vm.uuid, lambda _name, _data: None,
+            timeout_seconds=ADOPTION_SECONDS,
+        )  # fmt: skip
+        try:
+            # One that does not answer may have run, and is not to be killed for its silence.
+            return await qemu.status(timeout_seconds=ADOPTION_SECONDS) != "prelaunch"
+        finally:
+            await qemu.close()
+
+    def pause_stands(self, vm_id: int) -> None:
+        """A vm that a full disk has paused is paused by its user as well, and stays so."""
+        held = self._held.get(vm_id)
+        if held is not None:
+            held.is_out_of_space = False
+
     async def settled(self, vm_id: int, on_stage: Callable[[str, str], None]) -> None:
         """Wait until the guest has its identity and its sshd answers; raises what went wrong."""
         held = self._held.get(vm_id)
-        if held is None or held.settling is None:
-            seen = await self._states.find(vm_id)
-            if held is not None and seen is not None and seen.ready:
-                return  # an earlier daemon saw it through
+        if held is None or not await held.is_attended():
             await self.released(vm_id)
             raise await self._ended_early(vm_id)
+        if held.settling is None:
+            return  # an earlier daemon saw it through
         held.listen(on_stage)
         try:
             await asyncio.shield(held.settling)
@@ -238,8 +286,14 @@ class Supervisor:
     async def refresh(self, vm: VmRecord) -> None:
         """Write down what qemu says of the vm, or that it says nothing, after a job gave up."""
         held = self._held.get(vm.id)
+        if held is None and vm.process is not None and is_same_process(vm.process):
+            reason = "its qemu could not be taken hold of"
+            await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
+            return
         if held is None or held.qemu.exited.done():
+            await self.released(vm.id)
             await self._states.see(vm.id, VmState.STOPPED, "it ended meanwhile")
+            self.on_ended(vm.id)
             return
         try:
             state, reason = state_of(await held.qemu.status(timeout_seconds=ADOPTION_SECONDS))
@@ -271,15 +325,16 @@ class Supervisor:
 
     async def _see_adopted(self, vm: VmRecord, held: Held, *, see: bool) -> None:
         # The bridge and its rules first: the guest has been using them all the while.
-        await self.bring_up_network(vm)
+        await self._networks.ensure_up(await self._network_of(vm), checked_within_seconds=5.0)
         self._remember_neighbour(vm)
         status = await held.qemu.status(timeout_seconds=ADOPTION_SECONDS)
         if see:
             if status == "prelaunch":
                 await held.qemu.resume()
                 status = "running"
-            await self._states.see(vm.id, *state_of(status))
-        if status == "io-error":
+            if status != "io-error" or vm.state != VmState.PAUSED:
+                await self._states.see(vm.id, *state_of(status))
+        if status == "io-error" and vm.reason != PAUSED_BY_USER:
             held.is_out_of_space = await self._heartbeat.is_out_of_space(held)
         await self._boot.attend(vm, held)
 
@@ -314,11 +369,13 @@ class Supervisor:
         def take(name: str, data: Mapping[str, Any]) -> None:
             if name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
                 held.is_out_of_space = bool(data.get("nospace"))
-                trouble.append(self._heartbeat.why_stopped(held))
+                trouble[:] = [self._heartbeat.why_stopped(held)]
             elif name == "STOP":
-                reason = trouble.pop() if trouble else "paused by the user"
+                reason = trouble.pop() if trouble else PAUSED_BY_USER
                 held.spawn(self._see_if_held(held, VmState.PAUSED, reason))
             elif name == "RESUME":
+                trouble.clear()
+                held.is_out_of_space = False
                 held.spawn(self._see_if_held(held, VmState.RUNNING, ""))
 
         return take

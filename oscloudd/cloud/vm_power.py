@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from oscloudd.cloud.heartbeat import PAUSED_BY_USER
 from oscloudd.cloud.jobs import JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import Decide, Operations
@@ -17,6 +18,7 @@ from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.config import Config
 from oscloudd.errors import InvalidStateError
+from oscloudd.host.processes import is_same_process
 from oscloudd.store.database import Database
 
 
@@ -149,6 +151,11 @@ class VmPower:
         vm = await self._get(key)
         async with self._operations.lock(vm.id):
             vm = await self._get(vm.id)
+            if vm.state == after == VmState.PAUSED:
+                # What a full disk has paused its user wants paused from now on.
+                self._supervisor.pause_stands(vm.id)
+                await self._states.see_if(vm.id, SEEN_STATES, after, PAUSED_BY_USER)
+                return describe(await self._get(vm.id))
             if vm.state == after:
                 return describe(vm)
             if vm.state != before:
@@ -156,7 +163,7 @@ class VmPower:
                 refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
             qemu = self._supervisor.get(vm)
             await (qemu.pause() if after == VmState.PAUSED else qemu.resume())
-            reason = "paused by the user" if after == VmState.PAUSED else ""
+            reason = PAUSED_BY_USER if after == VmState.PAUSED else ""
             await self._states.see_if(vm.id, SEEN_STATES, after, reason)
         return describe(await self._get(vm.id))
 
@@ -166,13 +173,15 @@ class VmPower:
             refuse(vm, verb, "wait for it, or cancel the job that makes it: oscloudctl job-list")
         if vm.state == VmState.UNRESPONSIVE and not force:
             refuse(vm, verb, "its qemu does not answer; add --force to end it all the same")
-        if self._supervisor.find(vm.id) is None and vm.process is not None:
-            refuse(vm, verb, f"its qemu (process {vm.pid}) is not in our hands: {vm.reason}")
+        lives = vm.process is not None and is_same_process(vm.process)
+        if lives and self._supervisor.find(vm.id) is None and not force:
+            refuse(vm, verb, f"its qemu (process {vm.pid}) is not in our hands: add --force")
 
     def _hurry(self, vm: VmRecord) -> None:
         """Let a forced stop cut short a gentle one that holds the vm."""
         qemu = self._supervisor.find(vm.id)
-        if qemu is not None and self._operations.lock(vm.id).locked():
+        is_busy = vm.state != VmState.CREATING and self._operations.lock(vm.id).locked()
+        if qemu is not None and is_busy:
             task = asyncio.ensure_future(qemu.stop(force=True))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
@@ -185,7 +194,13 @@ def _begin_end(
 ) -> dict[str, Any]:
     """Write down that a vm is being ended; give what the steps need."""
     write_state(vm.id, state, wanted=wanted)
-    return {"force": force, "timeout": timeout_seconds, "pid": vm.pid, "wanted": vm.wanted_state}
+    return {
+        "force": force,
+        "timeout": timeout_seconds,
+        "pid": vm.pid,
+        "wanted": vm.wanted_state,
+        "paused": vm.state == VmState.PAUSED,
+    }
 
 
 def refuse(vm: VmRecord, verb: str, hint: str) -> NoReturn:

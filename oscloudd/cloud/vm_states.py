@@ -99,6 +99,10 @@ class VmStates:
 
         return await self.change(write)
 
+    async def look(self, work: Callable[[], T]) -> T:
+        """Run a transaction that only reads, however long it takes until the database answers."""
+        return await self._database.run_when_available(work)
+
     async def change(self, work: Callable[[], T]) -> T:
         """Run a transaction that writes states, and announce it."""
         result = await self._database.run_when_available(work)

@@ -13,7 +13,7 @@ import msgspec
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
-from oscloudd.cloud.states import VmState, WantedState
+from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import VmPaths, vm_paths
@@ -22,18 +22,20 @@ from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
 from oscloudd.cloud.warm_files import WarmImage, frozen_disk
 from oscloudd.cloud.warm_images import WarmImages
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, HostError, NotFoundError
+from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
 from oscloudd.host.images import create_overlay, durable
-from oscloudd.host.processes import find_processes_in, open_process
+from oscloudd.host.processes import find_processes_in, is_same_process, open_process
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
+from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.store.models import Disk, Vm
 
 _log = logging.getLogger(__name__)
 _CONSOLE_LINES = 15
+_NOT_MADE = (VmState.CREATING, VmState.DELETING)
 
 
 class VmSteps:
@@ -86,8 +88,9 @@ class VmSteps:
         vm = await self._get(job)
         if self._supervisor.find(vm.id) is not None:
             return
-        if job.is_resumed:
-            await self.end_stray(vm)
+        # Its last qemu's end may still be being written down, and its directory removed.
+        await self._supervisor.released(vm.id)
+        await self.end_stray(vm)
         async with self._slots:
             warm = self._warm_image_of(job, vm)
             if warm is not None:
@@ -97,7 +100,10 @@ class VmSteps:
 
     async def running(self, job: Job) -> None:
         """Let the guest run."""
-        await self._supervisor.let_run(await self._get(job))
+        vm = await self._get(job)
+        if job.is_resumed and self._supervisor.find(vm.id) is None:
+            await self.starting(job)  # what an earlier daemon had started is gone
+        await self._supervisor.let_run(vm)
 
     async def telling(self, job: Job) -> None:
         """See that a clone takes its identity in; one that does not is started cold, once."""
@@ -108,10 +114,12 @@ class VmSteps:
             await self._supervisor.identified(vm.id)
         except CloudError as error:
             await self._fall_back(job, vm, error)
+            await self._states.see(vm.id, VmState.STOPPING)
             qemu = self._supervisor.find(vm.id)
             if qemu is not None:
                 await qemu.stop(force=True)
             await self._supervisor.released(vm.id)
+            await self._states.see(vm.id, VmState.STARTING)
             await self._make_disk(vm)
             await self._supervisor.spawn(vm, job.timings)
             await self._supervisor.let_run(vm)
@@ -119,6 +127,7 @@ class VmSteps:
     async def booting(self, job: Job) -> None:
         """Wait until the guest has its identity and can be logged into."""
         vm = await self._get(job)
+        job.booting_pid = vm.pid
         await self._supervisor.settled(vm.id, job.report)
         if job.kind == "vm_create" and vm.started == "cold":
             self._warm_images.consider(vm.template, vm.mem_size, vm.cpus)
@@ -129,9 +138,11 @@ class VmSteps:
     async def stopping(self, job: Job) -> None:
         """Power the vm off: by its button, then harder; at once with `force`."""
         qemu = self._supervisor.find(job.vm_id)
-        # Taken up again, a restart may find its new qemu: only the one it began with is meant.
-        if qemu is not None and job.params.get("pid") in (None, qemu.identity.pid):
-            await qemu.stop(timeout_seconds=job.params["timeout"], force=job.params["force"])
+        if qemu is None:
+            return
+        if job.params.get("pid") not in (None, qemu.identity.pid):
+            raise InvalidStateError(f"vm {job.target!r} runs as another process by now")
+        await qemu.stop(timeout_seconds=job.params["timeout"], force=job.params["force"])
 
     async def stopped(self, job: Job) -> None:
         """Write down that the vm is off."""
@@ -163,10 +174,13 @@ class VmSteps:
     async def undo_create(self, job: Job, error: BaseException) -> None:
         """Remove a vm that could not be made, unless its creator was told that there is one."""
         vm = await self._states.find(job.vm_id)
-        if vm is None or vm.wanted_state != WantedState.RUNNING:
-            return  # its user has stopped or deleted it meanwhile, and that stands
+        if vm is None or vm.wanted_state == WantedState.STOPPED:
+            return  # its user has stopped it meanwhile, and that stands
+        if vm.pid not in (None, job.booting_pid) and job.booting_pid and not job.cancel_requested:
+            return  # its user has started it anew meanwhile
         await self._explain(vm, error)
-        if job.params["wait"] != "started" or vm.state == VmState.CREATING or job.cancel_requested:
+        was_told = job.params["wait"] == "started" and vm.state not in _NOT_MADE
+        if not was_told or job.cancel_requested:
             await self.demolish(vm)
         else:
             self._supervisor.on_ended(vm.id)
@@ -176,7 +190,12 @@ class VmSteps:
         wanted = WantedState.RUNNING if job.params.get("revive") else WantedState.STOPPED
         reason = error.message if isinstance(error, CloudError) else "something unexpected happened"
         vm = await self._states.find(job.vm_id)
-        if vm is not None and self._supervisor.find(vm.id) is not None:
+        qemu = self._supervisor.find(job.vm_id)
+        if qemu is not None and await self._never_ran(qemu):
+            await qemu.stop(force=True)
+            await self._supervisor.released(job.vm_id)
+            qemu = None
+        if vm is not None and qemu is not None:
             await self._supervisor.refresh(vm)
         else:
             await self._states.see(job.vm_id, VmState.ERROR, reason, wanted=wanted)
@@ -190,10 +209,17 @@ class VmSteps:
         if vm.state == VmState.STARTING:  # a restart that could not start
             await self.undo_start(job, error)
             return
+        if vm.state in DOWN_STATES:
+            self._supervisor.on_ended(vm.id)
+            return
         wanted = WantedState(job.params["wanted"])
         await self._states.change(
             lambda: write_state(vm.id, VmState(vm.state), vm.reason, wanted=wanted)
         )
+        qemu = self._supervisor.find(vm.id)
+        if qemu is not None and job.params.get("paused"):
+            with suppress(CloudError):  # a guest that stands still can't see its power button
+                await qemu.pause()
         await self._supervisor.refresh(vm)
 
     async def undo_delete(self, job: Job, error: BaseException) -> None:
@@ -240,7 +266,7 @@ class VmSteps:
 
     async def demolish(self, vm: VmRecord) -> None:
         """Remove everything there is of a vm, its rows last; may be called again at any point."""
-        await self._states.see(vm.id, VmState.DELETING)
+        await self._states.see(vm.id, VmState.DELETING, wanted=WantedState.DELETED)
         qemu = self._supervisor.find(vm.id)
         if qemu is not None:
             await qemu.stop(force=True)
@@ -258,8 +284,15 @@ class VmSteps:
         """See the end of the vm's qemu, one that nobody has written down included."""
         await self._supervisor.released(job.vm_id)
         vm = await self._states.find(job.vm_id)
-        if vm is not None and self._supervisor.find(vm.id) is None:
-            await self.end_stray(vm)
+        if vm is None or self._supervisor.find(vm.id) is not None:
+            return
+        lives = vm.process is not None and is_same_process(vm.process)
+        if lives and not job.params["force"]:
+            raise HostError(
+                f"the qemu of vm {vm.name!r} (process {vm.pid}) could not be taken hold of",
+                hint="add --force to end it all the same",
+            )
+        await self.end_stray(vm)
 
     async def end_stray(self, vm: VmRecord) -> None:
         """Kill a qemu an earlier daemon started and did not write down; clear its directory.
@@ -273,6 +306,12 @@ class VmSteps:
                     await end_session(open_process(identity))
             await asyncio.to_thread(RunDirectory(directory).remove)
 
+    async def _never_ran(self, qemu: Qemu) -> bool:
+        try:
+            return await qemu.status() == "prelaunch"
+        except CloudError:
+            return False
+
     async def _explain(self, vm: VmRecord, error: BaseException) -> None:
         """Put the guest's last words into the error before they are removed."""
         if isinstance(error, CloudError):
@@ -284,6 +323,8 @@ class VmSteps:
         vm = await self._states.find(job.vm_id)
         if vm is None:
             raise NotFoundError(f"vm {job.target!r} was deleted meanwhile", object="vm")
+        if vm.state == VmState.DELETING:  # an earlier daemon was undoing this
+            raise InvalidStateError(f"vm {vm.name!r} is being removed", state=vm.state)
         return vm
 
     def _paths(self, vm: VmRecord) -> VmPaths:

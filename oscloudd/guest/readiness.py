@@ -9,6 +9,8 @@ SSH_PORT = 22
 # A booting guest drops what comes before its network is up, and the kernel sends a SYN again
 # only after 1 s (RFC 6298, initial timeout), so an attempt is given up well before that.
 _ATTEMPT_SECONDS = 0.2
+# A busy emulated guest takes seconds from accepting to greeting.
+_BANNER_SECONDS = 20.0
 
 # A refusal comes at once, and a guest that refuses will listen any moment: no busy loop, though.
 _REFUSED_SECONDS = 0.05
@@ -42,8 +44,10 @@ async def _try_once(address: str) -> str | None:
         await asyncio.sleep(_REFUSED_SECONDS)
         return None
     try:
-        line = await reader.readline()
-    except OSError:
+        async with asyncio.timeout(_BANNER_SECONDS):
+            line = await reader.readline()
+    except (OSError, TimeoutError, ValueError):
+        # Reset, silent, or endless: what answers there is no sshd, or one of a guest that reboots.
         return None
     finally:
         writer.close()

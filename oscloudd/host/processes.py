@@ -5,6 +5,7 @@ pid, its start time and the boot it belongs to. Short commands are `commands.py`
 """
 
 import asyncio
+import errno
 import functools
 import os
 import pwd
@@ -207,10 +208,26 @@ def start_process(
     # Popen's destructor hands a running child to subprocess._cleanup, which would reap it from
     # under our pidfd at the next start; a known return code keeps it away.
     child.returncode = 0
-    pid = child.pid
-    fields = _stat_fields(pid)
-    identity = ProcessIdentity(pid, int(fields[_START_TIME]) if fields else 0, boot_id())
-    return ProcessHandle(identity, os.pidfd_open(pid), is_child=True)
+    try:
+        return _hold_child(child.pid)
+    except BaseException as error:
+        # Nobody would ever end it.
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        if isinstance(error, OSError):
+            raise _start_failure(argv, cwd, error) from error
+        raise
+
+
+def _hold_child(pid: int) -> ProcessHandle:
+    pidfd = os.pidfd_open(pid)
+    try:
+        fields = _stat_fields(pid)
+        identity = ProcessIdentity(pid, int(fields[_START_TIME]) if fields else 0, boot_id())
+    except BaseException:
+        os.close(pidfd)
+        raise
+    return ProcessHandle(identity, pidfd, is_child=True)
 
 
 def child_environment(additions: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -235,7 +252,12 @@ def open_process(identity: ProcessIdentity) -> ProcessHandle:
     """
     try:
         pidfd = os.pidfd_open(identity.pid)
-    except (ProcessLookupError, OSError, OverflowError, ValueError) as error:
+    except OSError as error:
+        # Too many open files, say: it may live, and must not be taken for dead.
+        if error.errno not in (errno.ESRCH, errno.EINVAL):
+            raise HostError(f"process {identity.pid} can't be held: {error.strerror}") from error
+        raise NotFoundError(f"there is no process {identity.pid}", pid=identity.pid) from error
+    except (OverflowError, ValueError) as error:
         raise NotFoundError(f"there is no process {identity.pid}", pid=identity.pid) from error
     if find_process(identity.pid) != identity:
         os.close(pidfd)

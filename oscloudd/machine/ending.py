@@ -53,7 +53,8 @@ def describe_ending(cause: str | None, status: ExitStatus, *, was_killed: bool) 
     if was_killed:
         return Ending(EndingKind.KILLED, "qemu did not quit when asked and was killed")
     if status.signal is not None:
-        name = signal.Signals(status.signal).name
+        known = status.signal in set(signal.Signals)
+        name = signal.Signals(status.signal).name if known else f"signal {status.signal}"
         return Ending(EndingKind.CRASHED, f"qemu was ended by {name}, which was not ours")
     if status.code is not None:
         return Ending(EndingKind.CRASHED, f"qemu ended with status {status.code}")

@@ -68,14 +68,16 @@ async def launch(
             pass_fds=descriptors.numbers(),
             stdout_fd=log_fd,
         )
-    directory.write_pid(process.identity.pid)
     qemu = Qemu(process, directory, spec.uuid, on_event, log=files.qemu_log)
     try:
+        directory.write_pid(process.identity.pid)
         await qemu.connect(timeout_seconds=timeout_seconds)
     except BaseException as error:
         status = await _end(process)
         await qemu.close()
         directory.remove()
+        if isinstance(error, OSError):
+            error = HostError(f"{files.run_directory} can't be written: {error.strerror}")
         if isinstance(error, CloudError):
             raise _launch_failure(argv, status, error, files.qemu_log, log_start) from error
         raise

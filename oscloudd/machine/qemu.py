@@ -191,7 +191,7 @@ class Qemu:
         try:
             self._check_peer(peer_pid(connection).pid)
             await monitor.open(timeout_seconds=timeout_seconds)
-            await self._check_uuid(monitor)
+            await self._check_uuid(monitor, timeout_seconds)
         except BaseException:
             await monitor.close()
             raise
@@ -204,8 +204,8 @@ class Qemu:
                 f"the monitor belongs to process {pid}, not {self.identity.pid}"
             )
 
-    async def _check_uuid(self, monitor: Monitor) -> None:
-        answer = await monitor.execute("query-uuid")
+    async def _check_uuid(self, monitor: Monitor, timeout_seconds: float) -> None:
+        answer = await monitor.execute("query-uuid", timeout_seconds=timeout_seconds)
         if answer.get("UUID") != self._uuid:
             raise ForeignMachineError(f"the machine is {answer.get('UUID')}, not {self._uuid}")
 

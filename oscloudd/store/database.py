@@ -34,6 +34,9 @@ from oscloudd.store.sqlite import SqliteBackend
 
 _log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
+# A server that kept us waiting in vain is not asked again so soon: a crowd would wait for it one
+# after the other.
+_AWAY_SECONDS = 1.0
 _ATTEMPTS = 3
 # Faults of the work, which no other attempt mends.
 _OF_THE_WORK = (IntegrityError, DataError, ProgrammingError, NotSupportedError)
@@ -60,7 +63,7 @@ class Database:
     def __init__(self, path: Path, url: str = "") -> None:
         self._backend: Backend = MariaDbBackend(parse_address(url)) if url else SqliteBackend(path)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="database")
-        self._away_at = 0.0
+        self._away_until = 0.0
         self._away: UnavailableError | None = None
         # A piece whose commit was sent and not answered, and the mark to know it by.
         self._unsettled: tuple[_Piece[Any], str] | None = None
@@ -80,7 +83,15 @@ class Database:
         not answer; what was handed in while it was found so is not kept waiting for the same.
         """
         piece = _Piece(work)
-        return await self._in_thread(lambda: self._do(piece))
+        while True:
+            try:
+                return await self._in_thread(lambda: self._do(piece))
+            except UnavailableError:
+                if not self._is_in_doubt(piece):
+                    raise
+            # Perhaps it was written: the caller is told once that is known.
+            await asyncio.sleep(_RETRY_SECONDS)
+            piece.handed_in = time.monotonic()
 
     async def run_when_available(self, work: Callable[[], T]) -> T:
         """Run `work` as `run` does, however long it takes until the database answers.
@@ -110,8 +121,9 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _do(self, piece: _Piece[T]) -> T:
-        if self._away is not None and self._away_at > piece.handed_in:
+        if self._away is not None and self._away_until > piece.handed_in:
             raise UnavailableError(self._away.message, hint=self._away.hint)
+        began = time.monotonic()
         for attempt in range(_ATTEMPTS):
             try:
                 return self._transaction(piece)
@@ -124,6 +136,9 @@ class Database:
             verdict = self._backend.judge(failure)
             if verdict is not Verdict.AGAIN or attempt == _ATTEMPTS - 1:
                 break
+        if verdict is Verdict.AWAY:
+            now = time.monotonic()
+            self._away_until = now + (_AWAY_SECONDS if now - began > _AWAY_SECONDS else 0)
         raise self._unavailable(verdict, failure, piece) from failure
 
     def _transaction(self, piece: _Piece[T]) -> T:
@@ -140,6 +155,9 @@ class Database:
             piece.done = self._backend.was_committed(mark)
             self._unsettled = None
 
+    def _is_in_doubt(self, piece: _Piece[Any]) -> bool:
+        return piece.done or (self._unsettled is not None and self._unsettled[0] is piece)
+
     def _unavailable(
         self, verdict: Verdict, failure: PeeweeException, piece: _Piece[T]
     ) -> UnavailableError:
@@ -150,7 +168,7 @@ class Database:
             hint=self._backend.hint,
         )
         if verdict is Verdict.AWAY:
-            self._away, self._away_at = error, time.monotonic()
+            self._away = error
         return error
 
     def _open(self) -> None:

@@ -19,16 +19,20 @@ from oscloudd.store.backend import Verdict
 _CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 10
 _MIGRATION_SECONDS = 3600
+# How long the server may take to notice that the connection we had before is gone.
+_CLAIM_SECONDS = 3
 # idle_transaction_timeout, of MariaDB 10.3, is the youngest thing used here.
 _OLDEST = (10, 3)
 # Not utf8mb4_bin, which takes "a" and "a " for the same.
 _COLLATION = "utf8mb4_nopad_bin"
 # What waits for a lock gives up before the connection does; and a transaction whose client was
-# lost is rolled back by the server within seconds, not when TCP notices.
+# lost is rolled back by the server within seconds, not when TCP notices; nor does a lost one keep
+# the claim for longer than a minute.
 _SESSION = (
     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,NO_ZERO_DATE,"
     "ERROR_FOR_DIVISION_BY_ZERO', default_storage_engine = InnoDB, foreign_key_checks = 1,"
-    " innodb_lock_wait_timeout = 4, lock_wait_timeout = 4, idle_transaction_timeout = 20"
+    " innodb_lock_wait_timeout = 4, lock_wait_timeout = 4, idle_transaction_timeout = 20,"
+    " wait_timeout = 60"
 )
 _COMMIT_MARK = "last_commit"
 # https://mariadb.com/kb/en/mariadb-error-codes/
@@ -55,6 +59,7 @@ class _Connection(MySQLDatabase):
         connection = pymysql.connect(**parameters, defer_connect=True)
         path = parameters.get("unix_socket")
         connection.connect(None if path is None else _open_socket(path))
+        _claim(connection, self.database)
         return connection
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
@@ -198,6 +203,15 @@ def _open_socket(path: str) -> socket.socket:
         line.close()
         raise pymysql.OperationalError(_NO_SERVER, f"{path}: {error}") from error
     return line
+
+
+def _claim(connection: "pymysql.Connection[Any]", name: str) -> None:
+    """Make this the only daemon that uses the database, for as long as the connection lasts."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT GET_LOCK(%s, %s)", (f"oscloud.{name}"[:64], _CLAIM_SECONDS))
+        if cursor.fetchone() != (1,):
+            connection.close()
+            raise pymysql.OperationalError(_NO_SERVER, f"another oscloudd uses the database {name}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
