@@ -78,8 +78,9 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class WarmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[warm]: templates kept booted, so that a new vm is there in under a second."""
 
-    # auto: made in the background after the first cold start of a shape; off: never used.
-    mode: Literal["auto", "off"] = "auto"
+    # auto: made in the background after the first cold start of a shape; off: never used; only:
+    # no vm is made without one. Each vm_create may say otherwise.
+    mode: Literal["auto", "off", "only"] = "auto"
     # The least recently used go when all together take more, or were not used for so many days.
     max_size: str = "8G"
     max_age_days: float = 30.0

@@ -73,7 +73,7 @@ class VmCreateParams(Params, frozen=True):
     wait: Literal["ready", "started", "none"] = "ready"
     autostart: Autostart = "no"
     restart: Restart = "no"
-    warm: Literal["auto", "off", "only"] = "auto"
+    warm: Literal["auto", "off", "only"] | None = None
 
 
 class VmSetParams(VmParams, frozen=True):

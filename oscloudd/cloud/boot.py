@@ -14,7 +14,7 @@ from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, OperationTimeoutError
+from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.guest.dialogue import tell_clone, tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
@@ -68,6 +68,9 @@ class Boot:
         began = time.monotonic()
         if document:
             is_warm = vm.started == "warm"
+            if is_warm and held.is_adopted:
+                # It does not ask, so nobody can tell how much of it an earlier daemon has told.
+                raise HostError("the daemon that was telling it who it is has ended")
             waiting = "telling the clone who it is" if is_warm else "waiting for its first boot"
             held.on_stage("booting", waiting)
             line = held.qemu.console.attach_socket(with_history=not is_warm)

@@ -121,7 +121,12 @@ class Cloud:
 
     def start(self) -> None:
         """Take hold of what runs and keep house, in the background."""
-        for work in (self._reconciler.run(), self._keep_house(), self._keep_database()):
+        for work in (
+            self._reconciler.run(),
+            self.warm_images.load(),
+            self._keep_house(),
+            self._keep_database(),
+        ):
             self._background.append(asyncio.create_task(work))
 
     async def stop(self) -> None:

@@ -24,6 +24,7 @@ class Held:
         self.pulse: asyncio.Task[None] | None = None
         self.timings: dict[str, float] = {}  # seconds of each stage of its coming up
         self.identified = asyncio.Event()
+        self.is_adopted = False
         self.attended = asyncio.Event()  # its serial port is open, its boot is being followed
         self.is_late = False
         self.is_out_of_space = False

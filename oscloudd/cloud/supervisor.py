@@ -7,6 +7,7 @@ Owns the holds. Writes what it sees to `VmStates`; what should happen next is de
 import asyncio
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +27,7 @@ from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
-from oscloudd.cloud.warm_files import WarmImage, frozen_disk
+from oscloudd.cloud.warm_files import WarmStart, frozen_disk
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
@@ -118,7 +119,7 @@ class Supervisor:
         await self._networks.ensure_up(await self._network_of(vm))
 
     async def spawn(
-        self, vm: VmRecord, timings: dict[str, float], warm: WarmImage | None = None
+        self, vm: VmRecord, timings: dict[str, float], warm: WarmStart | None = None
     ) -> None:
         """Start a qemu for the vm that stands still, and write down which process it is.
 
@@ -147,16 +148,18 @@ class Supervisor:
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
 
-    async def _restore(self, vm: VmRecord, held: Held, warm: WarmImage) -> None:
+    async def _restore(self, vm: VmRecord, held: Held, warm: WarmStart) -> None:
         began = time.monotonic()
         try:
-            with warm.state.open("rb") as state:
+            with tempfile.TemporaryFile() as state:
+                state.write(warm.state)
+                state.seek(0)
                 await restore(held.qemu, state.fileno())
             await resize_disk(held.qemu, vm.disk_size)
         except (CloudError, OSError) as error:
             await held.qemu.stop(force=True)
             await held.qemu.close()
-            raise HostError(f"warm image {warm.name} can't be restored: {error}") from error
+            raise HostError(f"the warm image can't be restored: {error}") from error
         held.timings["restore"] = time.monotonic() - began
 
     async def identified(self, vm_id: int) -> None:
@@ -196,6 +199,7 @@ class Supervisor:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         history = await asyncio.to_thread(read_log_tail, paths.console_log)
         held = Held(vm.id)
+        held.is_adopted = True
         held.qemu = await adopt(
             paths.run_directory, vm.process, vm.uuid, self._on_event(held),
             history=history, timeout_seconds=ADOPTION_SECONDS,
@@ -392,7 +396,7 @@ class Supervisor:
         # misses most of that; and an address that is fixed can't be taken over by another guest.
         set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
 
-    def _files(self, vm: VmRecord, template: ReadyTemplate, warm: WarmImage | None) -> MachineFiles:
+    def _files(self, vm: VmRecord, template: ReadyTemplate, warm: WarmStart | None) -> MachineFiles:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         paths.run_directory.mkdir(parents=True, exist_ok=True)
         return MachineFiles(

@@ -70,7 +70,7 @@ class VmRequest:
     wait: str
     autostart: str = "no"
     restart: str = "no"
-    warm: str = "auto"
+    warm: str | None = None
 
 
 class VmCreator:
@@ -119,11 +119,12 @@ class VmCreator:
 
     async def _find_warm(self, request: VmRequest, template: ReadyTemplate) -> WarmImage | None:
         """Choose the warm image a new vm begins with; raises InvalidStateError if it must."""
-        if request.warm == "off" or (self._config.warm.mode == "off" and request.warm != "only"):
+        mode = self._config.warm.mode if request.warm is None else request.warm
+        if mode == "off":
             return None
         shape = Shape(template, request.mem_size, request.cpus)
         warm = await self._warm_images.find(shape)
-        if warm is None and request.warm == "only":
+        if warm is None and mode == "only":
             raise InvalidStateError(
                 f"there is no warm image of {template.name} with mem_size {request.mem_size} and "
                 f"cpus {request.cpus}",

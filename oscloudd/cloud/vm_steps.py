@@ -240,7 +240,8 @@ class VmSteps:
             if job.is_resumed:
                 # What a clone that ran has written does not go with the memory it began with.
                 await self._make_disk(vm)
-            await self._supervisor.spawn(vm, job.timings, warm)
+            start = await self._warm_images.open(warm)
+            await self._supervisor.spawn(vm, job.timings, start)
         except HostError as error:
             await self._fall_back(job, vm, error)
             await self._supervisor.spawn(vm, job.timings)

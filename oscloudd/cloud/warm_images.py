@@ -7,10 +7,12 @@ restored in `machine.warm`.
 import asyncio
 import hashlib
 import logging
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,10 +23,10 @@ from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.warm_files import (
-    MEMORY,
     STATE,
     Manifest,
     WarmImage,
+    WarmStart,
     read_warm,
     seal,
     warm_directory,
@@ -36,6 +38,7 @@ from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
 from oscloudd.machine.qemu_version import QemuVersion
+from oscloudd.machine.sealed_memory import load_memory, memory_path
 from oscloudd.machine.warm import identify_binary, recipe_key
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
@@ -78,6 +81,10 @@ class WarmImages:
         self._accelerator = accelerator
         self._version = version
         self._making = asyncio.Lock()
+        # Sealed copies in memory, by name: qemu has no right to the files, and clones none to
+        # each other's template.
+        self._memories: dict[str, int] = {}
+        self._loading = asyncio.Lock()
         self._begun: dict[tuple[str, int, int], asyncio.Task[None]] = {}
 
     async def remove_leftovers(self) -> None:
@@ -90,6 +97,27 @@ class WarmImages:
     def get(self, name: str) -> WarmImage | None:
         """Give a warm image by its name; None when it is not whole."""
         return read_warm(self._directory / name)
+
+    async def open(self, image: WarmImage) -> WarmStart:
+        """Give what a clone begins with; raises HostError when the image is damaged."""
+        state = await asyncio.to_thread(image.read_state)
+        return WarmStart(await self.memory_of(image), state)
+
+    async def memory_of(self, image: WarmImage) -> Path:
+        """Give the image's memory for `MachineFiles`; raises HostError when it is damaged."""
+        async with self._loading:
+            if image.name not in self._memories:
+                manifest = image.manifest
+                self._memories[image.name] = await asyncio.to_thread(
+                    load_memory, image.memory, manifest.mem_size, manifest.memory_sha256
+                )
+        return memory_path(self._memories[image.name])
+
+    async def load(self) -> None:
+        """Have the memory of every image at hand before it is asked for."""
+        for image in list(self._all()):
+            with suppress(CloudError):  # told when a vm is to begin with it
+                await self.memory_of(image)
 
     async def find(self, shape: Shape) -> WarmImage | None:
         """Give a warm image that a vm of this shape can begin with."""
@@ -140,6 +168,8 @@ class WarmImages:
         for path in self._directory.glob("[!.]*"):
             if path.name not in kept:
                 _log.info("warm image %s is removed", path.name)
+                if (memory := self._memories.pop(path.name, None)) is not None:
+                    os.close(memory)
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     async def _make_in_background(self, template: str, mem_size: int, cpus: int) -> None:
@@ -164,17 +194,20 @@ class WarmImages:
             await self._database.run(
                 lambda: check_memory(shape.mem_size, self._config.limits.overcommit)
             )
-            await self._maker.make(shape, await self._spec(shape), making, job)
+            made = await self._maker.make(shape, await self._spec(shape), making, job)
+            state = (making / STATE).read_bytes()
             manifest = Manifest(
                 key=key,
                 template=shape.template.name,
                 mem_size=shape.mem_size,
                 cpus=shape.cpus,
                 made_at=time.time(),
-                memory_bytes=(making / MEMORY).stat().st_size,
-                state_bytes=(making / STATE).stat().st_size,
+                memory_sha256=made.memory_sha256,
+                state_bytes=len(state),
+                state_sha256=hashlib.sha256(state).hexdigest(),
             )
             await asyncio.to_thread(seal, making, manifest, self._directory / name)
+            self._memories[name] = made.memory
         finally:
             await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
         image = self.get(name)

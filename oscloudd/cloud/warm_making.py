@@ -25,6 +25,7 @@ from oscloudd.host.users import QemuUser
 from oscloudd.machine.arguments import MachineSpec
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu
+from oscloudd.machine.sealed_memory import make_memory, memory_path, seal_memory, write_memory
 from oscloudd.machine.warm import save
 
 _BOOT_SECONDS = 600.0
@@ -64,6 +65,14 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class Made:
+    """The memory of a guest that was saved, sealed and open, and its SHA-256."""
+
+    memory: int
+    memory_sha256: str
+
+
 class WarmMaker:
     """Boots and saves; its qemus are found by their working directory, below RUNTIME/warm."""
 
@@ -79,28 +88,33 @@ class WarmMaker:
                 await end_session(open_process(process.identity))
         await asyncio.to_thread(shutil.rmtree, self._run_directory, ignore_errors=True)
 
-    async def make(self, shape: Shape, spec: MachineSpec, making: Path, job: Job) -> None:
+    async def make(self, shape: Shape, spec: MachineSpec, making: Path, job: Job) -> Made:
         """Fill the directory `making`; raises CloudError, and nothing runs on then."""
         template = shape.template
         job.report("disk", f"making a disk on {template.name}")
         image_format = template.declaration.image.format
         size = (await image_info(template.image, image_format)).virtual_size_bytes
         await create_overlay(making / DISK, template.image, image_format, size)
-        _make_memory_file(making / MEMORY, shape.mem_size)
-        job.report("starting", "starting qemu")
-        async with self._running(shape, spec, making) as qemu:
-            await qemu.resume()
-            job.report("booting", "waiting for the template's boot")
-            await self._postpone(qemu)
-            job.report("saving", "saving what it has come to")
-            state = os.open(making / STATE, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                await save(qemu, state)
-            finally:
-                os.close(state)
+        memory = make_memory(shape.mem_size)
+        try:
+            job.report("starting", "starting qemu")
+            async with self._running(shape, spec, making, memory) as qemu:
+                await qemu.resume()
+                job.report("booting", "waiting for the template's boot")
+                await self._postpone(qemu)
+                job.report("saving", "saving what it has come to")
+                await _save_state(qemu, making / STATE)
+            digest = await asyncio.to_thread(write_memory, memory, making / MEMORY)
+            seal_memory(memory)
+        except BaseException:
+            os.close(memory)
+            raise
+        return Made(memory, digest)
 
     @asynccontextmanager
-    async def _running(self, shape: Shape, spec: MachineSpec, making: Path) -> AsyncIterator[Qemu]:
+    async def _running(
+        self, shape: Shape, spec: MachineSpec, making: Path, memory: int
+    ) -> AsyncIterator[Qemu]:
         run_directory = self._run_directory / making.name
         run_directory.mkdir(parents=True, exist_ok=True)
         files = MachineFiles(
@@ -111,7 +125,7 @@ class WarmMaker:
             base=shape.template.image,
             kernel=shape.template.kernel,
             initrd=shape.template.initrd,
-            memory=making / MEMORY,
+            memory=memory_path(memory),
         )
         tap_fd = open_tap(_TAP, None)
         try:
@@ -138,7 +152,9 @@ class WarmMaker:
             line.close()
 
 
-def _make_memory_file(path: Path, size_bytes: int) -> None:
-    with path.open("xb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.truncate(size_bytes)
+async def _save_state(qemu: Qemu, path: Path) -> None:
+    state = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        await save(qemu, state)
+    finally:
+        os.close(state)
