@@ -117,7 +117,7 @@ class Rig:
         self.running: list[Qemu] = []
 
     async def close(self) -> None:
-        for qemu in self.running:
+        for qemu in list(self.running):
             await self.end(qemu)
         os.close(self.memory)
         shutil.rmtree(self.root)
