@@ -20,7 +20,7 @@ SAVE_SECONDS = 60.0
 RESTORE_SECONDS = 30.0
 
 # Counts up when saved machines of an earlier version of this program are of no use to this one.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 _STATE_NAME = "oscloud-state"
 
