@@ -36,6 +36,9 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) ->
         searchwindowsize=4096,
     )
     _expect(guest, [_READY], boot_seconds, "ask for its identity")
+    if _APPLIED in guest.buffer:
+        # An earlier daemon told it; said again, its secrets would be typed at a login prompt.
+        return
     for text in encode_for_line(document):
         guest.send(text + "\n")
     if _expect(guest, [_APPLIED, _FAILED], _APPLY_SECONDS, "apply its identity") == 1:
