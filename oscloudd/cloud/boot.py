@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import socket
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -23,11 +24,6 @@ _log = logging.getLogger(__name__)
 # debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
 BOOT_SECONDS = 600.0
 
-# A dialogue holds a thread for as long as its guest takes to ask; more guests than this at once
-# wait for one another. Not the loop's own pool: that has six threads on two processors, and six
-# guests that hang would hold up everything else.
-_DIALOGUES = 1000
-
 
 class Boot:
     """Attends to guests that have begun to run, new and adopted."""
@@ -35,7 +31,6 @@ class Boot:
     def __init__(self, config: Config, states: VmStates) -> None:
         self._config = config
         self._states = states
-        self._dialogues = ThreadPoolExecutor(_DIALOGUES, thread_name_prefix="dialogue")
 
     async def attend(self, vm: VmRecord, held: Held) -> None:
         """Open the serial port and see the guest through its boot, in the background."""
@@ -84,7 +79,7 @@ class Boot:
 
     async def _tell(self, line: socket.socket, document: str) -> None:
         tell = partial(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
-        telling = asyncio.get_running_loop().run_in_executor(self._dialogues, tell)
+        telling = asyncio.ensure_future(_in_thread(tell))
         try:
             await asyncio.shield(telling)
         finally:
@@ -94,6 +89,36 @@ class Boot:
                 line.shutdown(socket.SHUT_RDWR)
             await asyncio.gather(telling, return_exceptions=True)
             line.close()
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a thread of its own, which ends with it.
+
+    A dialogue waits for its guest for minutes. The loop's own pool has six threads on two
+    processors: six guests that hang would hold up everything else.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            work()
+        except BaseException as failure:
+            error = failure
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="dialogue", daemon=True).start()
+    await done
 
 
 async def _open_port(vm: VmRecord, held: Held) -> TelnetServer:
