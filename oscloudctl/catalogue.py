@@ -46,7 +46,7 @@ COMMANDS: dict[str, Entry] = {
     "template-list": Entry(_TEMPLATE, "template", "List the templates vms can be made from."),
     "template-info": Entry(_TEMPLATE, "template", "Show all there is to know about templates."),
     "template-build": Entry(_TEMPLATE, "template", "Build templates that are built here."),
-    "template-warm": Entry(_TEMPLATE, "template", "Boot a template once for fast new vms of a shape."),
+    "template-warm": Entry(_TEMPLATE, "template", "Boot a template once, for fast new vms."),
     "template-download": Entry(_TEMPLATE, "template", "Download templates their vendor publishes."),
     "job-list": Entry(_JOB, "job", "List the jobs, the newest first."),
     "job-info": Entry(_JOB, "job", "Show all there is to know about jobs."),

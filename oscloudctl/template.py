@@ -118,7 +118,7 @@ def template_build(session: Session, /, templates: tuple[str, ...], **output: bo
 def template_warm(
     session: Session, /, template: str, mem_size: str | None, cpus: int | None, **output: bool
 ) -> int:
-    """Boot a template once for fast new vms of a shape."""
+    """Boot a template once, for fast new vms."""
     shape = {"mem_size": mem_size, "cpus": cpus}
     return _make_each(session, "template_warm", (template,), shape, **output)
 

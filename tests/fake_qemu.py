@@ -259,6 +259,15 @@ class FakeQemu:
             self.status = "paused"
             self.event("STOP")
 
+    def do_x_disk_full(self) -> None:
+        """What no qemu has: a write of the guest meets a full disk."""
+        self.event("BLOCK_IO_ERROR", {"action": "stop", "nospace": True, "operation": "write"})
+        self.status = "io-error"
+        self.event("STOP")
+
+    def do_query_block(self) -> list[dict[str, str]]:
+        return [{"io-status": "nospace" if self.status == "io-error" else "ok"}]
+
     def do_system_reset(self) -> None:
         self.event("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
 

@@ -182,3 +182,30 @@ def test_the_same_when_it_never_answers_again(box: Box) -> None:
     box.start()
     box.wait("web", "UNRESPONSIVE")
     assert box.call("vm_delete", vm="web", force=True)["deleted"] == vm["id"]
+
+
+def restart_with(box: Box, min_free_disk: str) -> None:
+    box.end()
+    config = box.root / "oscloud.toml"
+    kept = config.read_text().partition("[limits]")[0]
+    config.write_text(f'{kept}[limits]\nmin_free_disk = "{min_free_disk}"\n')
+    box.start()
+
+
+def test_a_full_disk_pauses_until_there_is_space_and_a_user_for_as_long_as_he_likes(
+    box: Box,
+) -> None:
+    for name in ("web", "shop"):
+        box.create(name)
+    restart_with(box, "1000000T")
+    for name in ("web", "shop"):
+        box.call("vm_qemu_command", vm=name, command="x-disk-full")
+        assert "the host's disk is full" in box.wait(name, "PAUSED")["reason"]
+    assert box.call("vm_pause", vm="web")["reason"] == "paused by the user"
+    restart_with(box, "1M")
+    box.wait("shop", "RUNNING")
+    assert seen(box, "web") == ("PAUSED", "RUNNING", "paused by the user")
+    assert box.call("vm_resume", vm="web")["state"] == "RUNNING"
+    # Resumed by hand and paused again, the disk is no longer why.
+    box.call("vm_qemu_command", vm="shop", command="x-disk-full")
+    box.wait("shop", "RUNNING")

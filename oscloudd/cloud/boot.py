@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -28,11 +28,6 @@ BOOT_SECONDS = 600.0
 # A clone answers in 0.3 s on an idle machine.
 _CLONE_SECONDS = 60.0
 
-# A dialogue holds a thread for as long as its guest takes to ask; more guests than this at once
-# wait for one another. Not the loop's own pool: that has six threads on two processors, and six
-# guests that hang would hold up everything else.
-_DIALOGUES = 1000
-
 
 class Boot:
     """Attends to guests that have begun to run, new and adopted."""
@@ -40,7 +35,6 @@ class Boot:
     def __init__(self, config: Config, states: VmStates) -> None:
         self._config = config
         self._states = states
-        self._dialogues = ThreadPoolExecutor(_DIALOGUES, thread_name_prefix="dialogue")
 
     async def attend(self, vm: VmRecord, held: Held) -> None:
         """Open the serial port and see the guest through its boot, in the background."""
@@ -103,7 +97,7 @@ class Boot:
                 return
 
     async def _tell(self, line: socket.socket, tell: Callable[[], None]) -> None:
-        telling = asyncio.get_running_loop().run_in_executor(self._dialogues, tell)
+        telling = asyncio.ensure_future(_in_thread(tell))
         try:
             await asyncio.shield(telling)
         finally:
@@ -113,6 +107,36 @@ class Boot:
                 line.shutdown(socket.SHUT_RDWR)
             await asyncio.gather(telling, return_exceptions=True)
             line.close()
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a thread of its own, which ends with it.
+
+    A dialogue waits for its guest for minutes. The loop's own pool has six threads on two
+    processors: six guests that hang would hold up everything else.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            work()
+        except BaseException as failure:
+            error = failure
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="dialogue", daemon=True).start()
+    await done
 
 
 async def _open_port(vm: VmRecord, held: Held) -> TelnetServer:

@@ -61,7 +61,6 @@ _SEED = Step(VmSteps.seed, "writing what the guest is told", cancellable=True)
 _NETWORK = Step(VmSteps.network, "bringing up its network")
 _STARTING = Step(VmSteps.starting, "starting qemu")
 _RUNNING = Step(VmSteps.running, "letting the guest run")
-_TELLING = Step(VmSteps.telling, "telling it who it is")
 _BOOTING = Step(VmSteps.booting, "waiting for the guest", cancellable=True, holds_vm=False)
 _STOPPING = Step(VmSteps.stopping, "powering off", cancellable=True)
 _STOPPED = Step(VmSteps.stopped, "clearing up")
@@ -72,7 +71,7 @@ _NAME = Step(VmSteps.name, "renaming")
 
 OPERATIONS: dict[str, Operation] = {
     "vm_create": Operation(
-        (_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _TELLING, _BOOTING), VmSteps.undo_create
+        (_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _BOOTING), VmSteps.undo_create
     ),
     "vm_start": Operation((_NETWORK, _STARTING, _RUNNING), VmSteps.undo_start),
     "vm_stop": Operation((_STOPPING, _STOPPED), VmSteps.undo_stop),

@@ -103,26 +103,10 @@ class VmSteps:
         vm = await self._get(job)
         if job.is_resumed and self._supervisor.find(vm.id) is None:
             await self.starting(job)  # what an earlier daemon had started is gone
+            vm = await self._get(job)
         await self._supervisor.let_run(vm)
-
-    async def telling(self, job: Job) -> None:
-        """See that a clone takes its identity in; one that does not is started cold, once."""
-        vm = await self._get(job)
-        if vm.started != "warm" or vm.identified:
-            return
-        try:
-            await self._supervisor.identified(vm.id)
-        except CloudError as error:
-            await self._fall_back(job, vm, error)
-            await self._states.see(vm.id, VmState.STOPPING)
-            qemu = self._supervisor.find(vm.id)
-            if qemu is not None:
-                await qemu.stop(force=True)
-            await self._supervisor.released(vm.id)
-            await self._states.see(vm.id, VmState.STARTING)
-            await self._make_disk(vm)
-            await self._supervisor.spawn(vm, job.timings)
-            await self._supervisor.let_run(vm)
+        if vm.started == "warm" and not vm.identified:
+            await self._see_told(job, vm)
 
     async def booting(self, job: Job) -> None:
         """Wait until the guest has its identity and can be logged into."""
@@ -245,6 +229,22 @@ class VmSteps:
         except HostError as error:
             await self._fall_back(job, vm, error)
             await self._supervisor.spawn(vm, job.timings)
+
+    async def _see_told(self, job: Job, vm: VmRecord) -> None:
+        """See that a clone takes its identity in; one that does not is started cold, once."""
+        try:
+            await self._supervisor.identified(vm.id)
+        except CloudError as error:
+            await self._fall_back(job, vm, error)
+            await self._states.see(vm.id, VmState.STOPPING)
+            qemu = self._supervisor.find(vm.id)
+            if qemu is not None:
+                await qemu.stop(force=True)
+            await self._supervisor.released(vm.id)
+            await self._states.see(vm.id, VmState.STARTING)
+            await self._make_disk(vm)
+            await self._supervisor.spawn(vm, job.timings)
+            await self._supervisor.let_run(await self._get(job))
 
     async def _fall_back(self, job: Job, vm: VmRecord, error: CloudError) -> None:
         message = f"it is started cold, since its warm start failed: {error.message}"

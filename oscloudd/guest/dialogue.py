@@ -32,6 +32,9 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) ->
     """
     guest = _listen(line)
     _expect(guest, _READY, boot_seconds, "ask for its identity")
+    if _APPLIED in guest.buffer:
+        # An earlier daemon told it; said again, its secrets would be typed at a login prompt.
+        return
     _send(guest, encode_for_line(document))
     _expect(guest, _APPLIED, _APPLY_SECONDS, "apply its identity")
 

@@ -230,7 +230,12 @@ def _network_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]
         return []
     backend = {"type": "tap", "id": "net0", "fd": str(descriptors.tap)}
     # An empty romfile: nobody boots from the network, and the ROM would be part of a saved state.
-    card: dict[str, Any] = {"driver": "virtio-net-pci", "id": "nic0", "netdev": "net0", "mac": spec.mac}
+    card: dict[str, Any] = {
+        "driver": "virtio-net-pci",
+        "id": "nic0",
+        "netdev": "net0",
+        "mac": spec.mac,
+    }
     # qemu 7.2 restored with announce-rounds=0 frees the timer of these announcements, and dies when
     # the guest's driver resets the card, as every reboot does.
     card |= {"romfile": "", "guest_announce": False}
