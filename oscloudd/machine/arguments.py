@@ -238,5 +238,5 @@ def _network_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]
     }
     # qemu 7.2 restored with announce-rounds=0 frees the timer of these announcements, and dies when
     # the guest's driver resets the card, as every reboot does.
-    card |= {"romfile": "", "guest_announce": False}
-    return ["-netdev", _json(backend), "-device", _json(card)]
+    card_and_more = {**card, "romfile": "", "guest_announce": False}
+    return ["-netdev", _json(backend), "-device", _json(card_and_more)]
