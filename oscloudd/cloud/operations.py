@@ -140,10 +140,8 @@ class Operations:
         return self._begin(row, order, lock)
 
     def holds_vm(self, row: JobRow) -> bool:
-        """Tell whether the step a job is at holds its vm."""
-        steps = OPERATIONS[row.kind].steps
-        step = int(row.step)
-        return step >= len(steps) or steps[step].holds_vm
+        """Tell whether the step that an unfinished job is at holds its vm."""
+        return OPERATIONS[row.kind].steps[int(row.step)].holds_vm
 
     async def resume(
         self, row: JobRow, lock: asyncio.Lock, *, is_held: bool = True

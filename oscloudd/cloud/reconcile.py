@@ -22,7 +22,7 @@ from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.config import Config
 from oscloudd.errors import ExhaustedError, NotFoundError
-from oscloudd.host.processes import boot_id, is_same_process
+from oscloudd.host.processes import boot_id
 from oscloudd.store.database import Database
 from oscloudd.store.models import Job as JobRow
 from oscloudd.store.models import Meta
@@ -61,8 +61,7 @@ class Reconciler:
     async def prepare(self) -> None:
         """Hold every vm back, and write down what is known without asking any qemu."""
         boot = boot_id()
-        self._jobs = await self._database.run(lambda: self._look(boot))
-        self._ids = await self._database.run(lambda: [vm.id for vm in read_vms()])
+        self._ids, self._jobs = await self._database.run(lambda: self._look(boot))
         for vm_id in self._ids:
             await self._operations.lock(vm_id).acquire()
             self._supervisor.expect(vm_id)
@@ -74,7 +73,8 @@ class Reconciler:
             await self._operations.lock(vm_id).acquire()
         await asyncio.gather(*(self._one(vm_id) for vm_id in (*self._ids, *gone)))
 
-    def _look(self, boot: str) -> dict[int, list[JobRow]]:
+    def _look(self, boot: str) -> tuple[list[int], dict[int, list[JobRow]]]:
+        """Give the ids of all vms and, by vm, the jobs to go on with, inside a transaction."""
         jobs: dict[int, list[JobRow]] = {}
         for row in running_jobs():
             # A new name is there with the job's row.
@@ -90,7 +90,7 @@ class Reconciler:
             vm.boot_id not in (None, boot) for vm in vms
         )
         for vm in vms:
-            if vm.process is not None and not is_same_process(vm.process):
+            if vm.process is not None and not vm.is_process_alive():
                 self._see_dead(vm, boot, jobs)
         if is_new_boot:
             for vm in read_vms():
@@ -98,7 +98,7 @@ class Reconciler:
                 if start is not None:
                     jobs[vm.id] = [start]
         Meta.replace(name=_BOOT, value=boot).execute()
-        return jobs
+        return [vm.id for vm in vms], jobs
 
     def _see_dead(self, vm: VmRecord, boot: str, jobs: dict[int, list[JobRow]]) -> None:
         """Write down that a vm's qemu is gone, unless a job is at it that will."""

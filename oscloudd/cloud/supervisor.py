@@ -32,7 +32,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.taps import open_tap
-from oscloudd.host.processes import find_processes_in, is_same_process
+from oscloudd.host.processes import find_processes_in
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -290,7 +290,7 @@ class Supervisor:
     async def refresh(self, vm: VmRecord) -> None:
         """Write down what qemu says of the vm, or that it says nothing, after a job gave up."""
         held = self._held.get(vm.id)
-        if held is None and vm.process is not None and is_same_process(vm.process):
+        if held is None and vm.is_process_alive():
             reason = "its qemu could not be taken hold of"
             await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
             return

@@ -18,7 +18,6 @@ from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.config import Config
 from oscloudd.errors import InvalidStateError
-from oscloudd.host.processes import is_same_process
 from oscloudd.store.database import Database
 
 
@@ -173,8 +172,7 @@ class VmPower:
             refuse(vm, verb, "wait for it, or cancel the job that makes it: oscloudctl job-list")
         if vm.state == VmState.UNRESPONSIVE and not force:
             refuse(vm, verb, "its qemu does not answer; add --force to end it all the same")
-        lives = vm.process is not None and is_same_process(vm.process)
-        if lives and self._supervisor.find(vm.id) is None and not force:
+        if vm.is_process_alive() and self._supervisor.find(vm.id) is None and not force:
             refuse(vm, verb, f"its qemu (process {vm.pid}) is not in our hands: add --force")
 
     def _hurry(self, vm: VmRecord) -> None:

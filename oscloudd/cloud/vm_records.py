@@ -14,7 +14,7 @@ import msgspec
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.states import VmState
-from oscloudd.host.processes import ProcessIdentity
+from oscloudd.host.processes import ProcessIdentity, is_same_process
 from oscloudd.store.models import Disk, Network, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
 
@@ -106,6 +106,10 @@ class VmRecord(msgspec.Struct, frozen=True):
         if self.pid is None or self.start_ticks is None or self.boot_id is None:
             return None
         return ProcessIdentity(self.pid, self.start_ticks, self.boot_id)
+
+    def is_process_alive(self) -> bool:
+        """Tell whether that very qemu still runs; False where none is written down."""
+        return self.process is not None and is_same_process(self.process)
 
 
 _COLUMNS = (

@@ -26,7 +26,7 @@ from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundEr
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
 from oscloudd.host.images import create_overlay, durable
-from oscloudd.host.processes import find_processes_in, is_same_process, open_process
+from oscloudd.host.processes import find_processes_in, open_process
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.qemu import Qemu
@@ -143,12 +143,11 @@ class VmSteps:
         vm = await self._states.find(job.vm_id)
         if vm is not None:
             await self._release(job)
-            await asyncio.to_thread(self._paths(vm).remove)
-            self._supervisor.forget_neighbour(vm)
+            await self._remove(vm)
 
     async def rows(self, job: Job) -> None:
         """Remove the vm from the database."""
-        await self.forget(job.vm_id)
+        await self._states.change(lambda: _forget(job.vm_id))
 
     async def name(self, job: Job) -> None:
         """Nothing is outside the database that has the vm's name."""
@@ -273,13 +272,13 @@ class VmSteps:
             await qemu.stop(force=True)
         await self._supervisor.released(vm.id)
         await self.end_stray(vm)
+        await self._remove(vm)
+        await self._states.change(lambda: _forget(vm.id))
+
+    async def _remove(self, vm: VmRecord) -> None:
+        """Remove what there is of a vm outside the database, but for its qemu."""
         await asyncio.to_thread(self._paths(vm).remove)
         self._supervisor.forget_neighbour(vm)
-        await self.forget(vm.id)
-
-    async def forget(self, vm_id: int) -> None:
-        """Remove a vm's rows and say that it is gone."""
-        await self._states.change(lambda: _forget(vm_id))
 
     async def _release(self, job: Job) -> None:
         """See the end of the vm's qemu, one that nobody has written down included."""
@@ -287,8 +286,7 @@ class VmSteps:
         vm = await self._states.find(job.vm_id)
         if vm is None or self._supervisor.find(vm.id) is not None:
             return
-        lives = vm.process is not None and is_same_process(vm.process)
-        if lives and not job.params["force"]:
+        if vm.is_process_alive() and not job.params["force"]:
             raise HostError(
                 f"the qemu of vm {vm.name!r} (process {vm.pid}) could not be taken hold of",
                 hint="add --force to end it all the same",
@@ -333,6 +331,7 @@ class VmSteps:
 
 
 def _forget(vm_id: int) -> None:
+    """Remove a vm's rows and say that it is gone, inside a transaction."""
     row = Vm.select(Vm.name, Vm.disk).where(Vm.id == vm_id).tuples().first()
     if row is not None:
         name, disk_id = row
