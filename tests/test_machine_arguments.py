@@ -24,39 +24,25 @@ SPEC = MachineSpec(
     machine_type="pc-q35-7.2",
 )
 
+ALWAYS = {"monitor": 10, "serial": 11, "channel": 19, "console_log": 12, "disk": 13}
+
 VECTORS = {
     "direct_kernel": build_arguments(
         MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda rw console=ttyS0 quiet"}),
-        Descriptors(
-            monitor=10, serial=11, console_log=12, disk=13, base=14, kernel=15, initrd=16, tap=17
-        ),
+        Descriptors(**ALWAYS, base=14, kernel=15, initrd=16, tap=17),
     ),
     "cloud_image": build_arguments(
         MachineSpec(**{**vars(SPEC), "accelerator": "kvm", "cpus": 4}),
-        Descriptors(monitor=10, serial=11, console_log=12, disk=13, base=14, seed=15, tap=16),
+        Descriptors(**ALWAYS, base=14, seed=15, tap=16),
     ),
-    "disk_of_its_own": build_arguments(
-        SPEC, Descriptors(monitor=10, serial=11, console_log=12, disk=13)
-    ),
+    "disk_of_its_own": build_arguments(SPEC, Descriptors(**ALWAYS)),
     "to_be_saved": build_arguments(
         MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda", "memory_shared": True}),
-        Descriptors(
-            monitor=10, serial=11, console_log=12, disk=13, base=14, kernel=15, memory=16, tap=17
-        ),
+        Descriptors(**ALWAYS, base=14, kernel=15, memory=16, tap=17),
     ),
     "clone": build_arguments(
         MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda", "incoming": True}),
-        Descriptors(
-            monitor=10,
-            serial=11,
-            console_log=12,
-            disk=13,
-            base=14,
-            frozen=18,
-            kernel=15,
-            memory=16,
-            tap=17,
-        ),
+        Descriptors(**ALWAYS, base=14, frozen=18, kernel=15, memory=16, tap=17),
     ),
     "accelerator_probe": build_probe_arguments("qemu-system-x86_64", "kvm", 10),
 }
@@ -73,7 +59,7 @@ def test_a_vector_is_the_one_in_the_golden_file(name: str) -> None:
 
 def test_text_of_ours_cannot_become_an_option() -> None:
     spec = MachineSpec(**{**vars(SPEC), "mac": "52:54:00:a8:00:02,fd=3", "cmdline": "a,b -S"})
-    descriptors = Descriptors(monitor=10, serial=11, console_log=12, disk=13, kernel=14, tap=15)
+    descriptors = Descriptors(**ALWAYS, kernel=14, tap=15)
     arguments = build_arguments(spec, descriptors)
     cards = [json.loads(a) for a in arguments if a.startswith('{"driver":"virtio-net-pci"')]
     assert [card["mac"] for card in cards] == ["52:54:00:a8:00:02,fd=3"]
@@ -81,5 +67,5 @@ def test_text_of_ours_cannot_become_an_option() -> None:
 
 
 def test_every_descriptor_is_passed_on() -> None:
-    descriptors = Descriptors(monitor=10, serial=11, console_log=12, disk=13, tap=17)
-    assert descriptors.numbers() == (10, 11, 12, 13, 17)
+    descriptors = Descriptors(**ALWAYS, tap=17)
+    assert descriptors.numbers() == (10, 11, 19, 12, 13, 17)

@@ -23,8 +23,9 @@ from oscloudd.guest.dialogue import postpone_identity, tell_clone
 from oscloudd.guest.identity import GuestIdentity, build_document, make_machine_id
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.host.images import create_overlay
-from oscloudd.host.keys import make_host_keys
+from oscloudd.host.keys import make_host_key
 from oscloudd.host.network.taps import open_tap
+from oscloudd.host.passwords import hash_password
 from oscloudd.host.users import resolve_qemu_user
 from oscloudd.machine import warm
 from oscloudd.machine.arguments import MachineSpec
@@ -132,9 +133,9 @@ class Rig:
         """Boot the template to where its clones begin, and save it."""
         await create_overlay(self.frozen, self.built / "disk.qcow2", "qcow2", 1 << 30)
         qemu = await self._launch(1, self.frozen, warm_memory=True, shared=True)
-        with qemu.console.attach_socket(with_history=True) as line:
+        with qemu.console.attach_socket(with_history=True) as line, qemu.open_channel() as channel:
             await qemu.resume()
-            await asyncio.to_thread(postpone_identity, line, boot_seconds=BOOT_SECONDS)
+            await asyncio.to_thread(postpone_identity, line, channel, boot_seconds=BOOT_SECONDS)
         with self.state.open("wb") as state:
             await warm.save(qemu, state.fileno())
         await self.end(qemu)
@@ -150,10 +151,10 @@ class Rig:
         with self.state.open("rb") as state:
             await warm.restore(qemu, state.fileno())
         await warm.resize_disk(qemu, disk_bytes)
-        with qemu.console.attach_socket() as line:
+        with qemu.open_channel() as channel:
             await qemu.resume()
             document = build_document(identity)
-            await asyncio.to_thread(tell_clone, line, document, seconds=CLONE_SECONDS)
+            await asyncio.to_thread(tell_clone, channel, document, seconds=CLONE_SECONDS)
         await wait_ssh_banner(identity.address, timeout_seconds=CLONE_SECONDS)
         return Guest(number, identity, qemu)
 
@@ -174,9 +175,7 @@ class Rig:
     async def ssh(self, guest: Guest, command: str, *, check: bool = True) -> bytes:
         """Run a command in the guest, logged in by key; only the host keys it was told count."""
         known = self.root / f"known{guest.number}"
-        keys = guest.identity.host_keys
-        lines = (f"{guest.address} {key}\n" for key in (keys.ed25519_public, keys.ecdsa_public))
-        known.write_text("".join(lines))
+        known.write_text(f"{guest.address} {guest.identity.host_key.public}\n")
         process = await asyncio.create_subprocess_exec(
             *("ssh", "-F", "none", "-i", str(self.key), "-o", "BatchMode=yes"),
             *("-o", f"UserKnownHostsFile={known}", "-o", "GlobalKnownHostsFile=/dev/null"),
@@ -199,9 +198,9 @@ class Rig:
             gateway=HOST,
             mac=_mac(number),
             dns=(HOST, "192.0.2.53"),
-            root_password=PASSWORD,
+            root_password_hash=hash_password(PASSWORD),
             authorized_keys=(self.key.with_suffix(".pub").read_text().strip(),),
-            host_keys=await make_host_keys(self.root),
+            host_key=await make_host_key(self.root),
             machine_id=make_machine_id(),
         )
 

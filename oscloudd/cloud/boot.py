@@ -2,20 +2,17 @@
 
 import asyncio
 import logging
-import socket
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
+from oscloudd.cloud.dialogues import converse
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
-from oscloudd.guest.dialogue import tell_clone, tell_identity
+from oscloudd.guest.dialogue import hear_kept, tell_clone, tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
 from oscloudd.machine.telnet import TelnetServer
@@ -53,37 +50,93 @@ class Boot:
             return
         seen = await self._states.find(vm.id)
         if seen is not None and not seen.ready and held.settling is None:
-            held.settling = asyncio.create_task(self._settle(vm, held), name=f"vm {vm.id} boot")
+            held.settling = asyncio.create_task(self._settle(seen, held), name=f"vm {vm.id} boot")
             held.settling.add_done_callback(_retrieve)
+        elif seen is not None and seen.ready:
+            await self._attend_document(seen, held)
         held.attended.set()
 
     async def _settle(self, vm: VmRecord, held: Held) -> None:
-        document = await self._states.seed_document(vm.id)
+        is_new = not vm.identified
         began = time.monotonic()
-        if document:
-            is_warm = vm.started == "warm"
-            if is_warm and held.is_adopted:
-                # It does not ask, so nobody can tell how much of it an earlier daemon has told.
-                raise HostError("the daemon that was telling it who it is has ended")
-            waiting = "telling the clone who it is" if is_warm else "waiting for its first boot"
-            held.on_stage("booting", waiting)
-            line = held.qemu.console.attach_socket(with_history=not is_warm)
-            tell = (
-                partial(tell_clone, line, document, seconds=_CLONE_SECONDS)
-                if is_warm
-                else partial(tell_identity, line, document, boot_seconds=BOOT_SECONDS)
-            )
-            await self._tell(line, tell)
-            await self._states.record_identified(vm.id)
+        if is_new and vm.started == "warm":
+            await self._tell_clone(vm, held)
+            held.timings["identity"] = time.monotonic() - began
+        keeping = await self._attend_document(vm, held)
+        if is_new and vm.started == "cold" and keeping is not None:
+            held.on_stage("booting", "waiting for its first boot")
+            await self._until_told(vm, keeping)
             held.timings["identity"] = time.monotonic() - began
         held.identified.set()
         held.on_stage("ready", f"waiting for sshd at {vm.ip}")
         began = time.monotonic()
-        await self._wait_ssh(vm, may_take_longer=not document)
+        await self._wait_ssh(vm, may_take_longer=keeping is None)
         held.timings["banner"] = time.monotonic() - began
-        if not document:
-            await self._states.record_identified(vm.id)
-        await self._states.record_ready(vm.id, held.timings)
+        has_booted = vm.started == "cold"
+        if has_booted and keeping is not None:
+            keeping.cancel()  # it had its identity, and nobody had written that down
+        await self._states.record_ready(vm.id, held.timings, is_kept=has_booted)
+
+    async def _tell_clone(self, vm: VmRecord, held: Held) -> None:
+        if held.is_adopted:
+            # It does not ask, so nobody can tell how much of it an earlier daemon has told.
+            raise HostError("the daemon that was telling it who it is has ended")
+        held.on_stage("booting", "telling the clone who it is")
+        document = await self._states.seed_document(vm.id)
+        with held.qemu.open_channel() as channel:
+            tell = partial(tell_clone, channel, document, seconds=_CLONE_SECONDS)
+            await converse(tell, channel)
+        await self._states.record_identified(vm.id)
+
+    async def _attend_document(self, vm: VmRecord, held: Held) -> "asyncio.Task[None] | None":
+        """See that the guest keeps what it is told, in the background; None when it has."""
+        document = await self._states.seed_document(vm.id)
+        if document and held.keeping is None:
+            keeping = self._until_kept(vm, held, document)
+            held.keeping = asyncio.create_task(keeping, name=f"vm {vm.id} identity")
+            held.keeping.add_done_callback(_retrieve)
+        return held.keeping
+
+    async def _until_kept(self, vm: VmRecord, held: Held, document: str) -> None:
+        """Wait until the guest's disk has its identity, and forget what it was told.
+
+        A boot that finds none asks for it: the first one, and that of a clone which ended before
+        it had kept what it was told.
+        """
+        boot_seconds = BOOT_SECONDS if not vm.identified and vm.started == "cold" else None
+        waiting = [asyncio.create_task(self._answer(held, document, boot_seconds))]
+        if vm.started == "warm":
+            waiting.append(asyncio.create_task(self._hear_kept(held)))
+        try:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        await self._states.record_kept(vm.id)
+
+    async def _answer(self, held: Held, document: str, boot_seconds: float | None) -> None:
+        with held.qemu.console.attach_socket(with_history=True) as line:
+            tell = partial(tell_identity, line, document, boot_seconds=boot_seconds)
+            await converse(tell, line)
+
+    async def _hear_kept(self, held: Held) -> None:
+        with held.qemu.open_channel() as channel:
+            await converse(partial(hear_kept, channel), channel)
+
+    async def _until_told(self, vm: VmRecord, keeping: "asyncio.Task[None]") -> None:
+        """Wait for the end of `keeping`, or for a guest that turns out to have its identity."""
+        # That a guest asks nothing is for `keeping` to say, which waits as long.
+        limit_seconds = 2 * BOOT_SECONDS
+        answers = asyncio.create_task(wait_ssh_banner(vm.ip, timeout_seconds=limit_seconds))
+        try:
+            await asyncio.wait({keeping, answers}, return_when=asyncio.FIRST_COMPLETED)
+            (keeping if keeping.done() else answers).result()
+        finally:
+            answers.cancel()
+            await asyncio.gather(answers, return_exceptions=True)
 
     async def _wait_ssh(self, vm: VmRecord, *, may_take_longer: bool) -> None:
         while True:
@@ -95,48 +148,6 @@ class Boot:
                     raise
             else:
                 return
-
-    async def _tell(self, line: socket.socket, tell: Callable[[], None]) -> None:
-        telling = asyncio.ensure_future(_in_thread(tell))
-        try:
-            await asyncio.shield(telling)
-        finally:
-            # The thread waits in poll(2), which a shutdown ends and a close does not; and closed
-            # under it, the descriptor would be another's by the time it reads.
-            with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
-            await asyncio.gather(telling, return_exceptions=True)
-            line.close()
-
-
-async def _in_thread(work: Callable[[], None]) -> None:
-    """Run `work` in a thread of its own, which ends with it.
-
-    A dialogue waits for its guest for minutes. The loop's own pool has six threads on two
-    processors: six guests that hang would hold up everything else.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        error = None
-        try:
-            work()
-        except BaseException as failure:
-            error = failure
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, error)
-
-    threading.Thread(target=run, name="dialogue", daemon=True).start()
-    await done
 
 
 async def _open_port(vm: VmRecord, held: Held) -> TelnetServer:

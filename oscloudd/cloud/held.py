@@ -20,6 +20,7 @@ class Held:
         self.vm_id = vm_id
         self.telnet: TelnetServer | None = None
         self.settling: asyncio.Task[None] | None = None
+        self.keeping: asyncio.Task[None] | None = None  # until the guest's disk has its identity
         self.watcher: asyncio.Task[None] | None = None
         self.pulse: asyncio.Task[None] | None = None
         self.timings: dict[str, float] = {}  # seconds of each stage of its coming up
@@ -70,7 +71,7 @@ class Held:
 
     async def let_go(self) -> None:
         """Close what is open and end what is at work, but the watcher, who calls this."""
-        for task in (self.settling, self.pulse, *self._asides):
+        for task in (self.settling, self.keeping, self.pulse, *self._asides):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

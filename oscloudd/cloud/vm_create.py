@@ -41,8 +41,9 @@ from oscloudd.errors import (
 )
 from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
 from oscloudd.host.images import image_info
-from oscloudd.host.keys import HostKeys, make_host_keys
+from oscloudd.host.keys import HostKey, make_host_key
 from oscloudd.host.network.links import numbers_in_use, permanent_addresses
+from oscloudd.host.passwords import hash_password
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
@@ -102,8 +103,8 @@ class VmCreator:
         template = self._templates.get_ready(request.image)
         await self._check_fits(request, template)
         warm = await self._find_warm(request, template)
-        keys = await make_host_keys(self._config.keys_path)
-        row = await self._insert(request, template, warm, keys, order)
+        key = await make_host_key(self._config.keys_path)
+        row = await self._insert(request, template, warm, key, order)
         job, task = await self._operations.begin_made(row, order)
         if request.wait == "none" or not order.wait:
             return await self._jobs.info(job.id)
@@ -177,12 +178,12 @@ class VmCreator:
         request: VmRequest,
         template: ReadyTemplate,
         warm: WarmImage | None,
-        keys: HostKeys,
+        key: HostKey,
         order: Order,
     ) -> JobRow:
         try:
             return await self._database.run(
-                lambda: self._reserve(request, template, warm, keys, order.owner_uid)
+                lambda: self._reserve(request, template, warm, key, order.owner_uid)
             )
         except IntegrityError as error:
             raise UnavailableError(
@@ -194,7 +195,7 @@ class VmCreator:
         request: VmRequest,
         template: ReadyTemplate,
         warm: WarmImage | None,
-        keys: HostKeys,
+        key: HostKey,
         owner_uid: int,
     ) -> JobRow:
         """Insert the rows, the job's among them; nobody else can be given the same."""
@@ -203,7 +204,7 @@ class VmCreator:
         check_memory(request.mem_size, self._config.limits.overcommit)
         unique = uuid.uuid4()
         given = _allocate(network, request.ip)
-        identity = self._identity(request, network, given.ip, mac_of(unique.hex), keys)
+        identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         now = time.time()
         disk = Disk.create(
@@ -227,7 +228,7 @@ class VmCreator:
             qemu_serial_port=given.serial_port,
             state=VmState.CREATING,
             wanted_state=WantedState.RUNNING,
-            host_keys=f"{keys.ed25519_public}\n{keys.ecdsa_public}",
+            host_keys=key.public,
             seed_document=build_document(identity) if by_serial else "",
             autostart=request.autostart,
             restart=request.restart,
@@ -237,7 +238,7 @@ class VmCreator:
         return _insert_job(request, vm, None if by_serial else identity)
 
     def _identity(
-        self, request: VmRequest, network: NetworkRecord, address: str, mac: str, keys: HostKeys
+        self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey
     ) -> GuestIdentity:
         return GuestIdentity(
             hostname=hostname_of(request.name),
@@ -246,9 +247,9 @@ class VmCreator:
             gateway=network.gateway,
             mac=mac,
             dns=self._networks.resolvers(network),
-            root_password=request.password,
+            root_password_hash=hash_password(request.password),
             authorized_keys=request.ssh_keys,
-            host_keys=keys,
+            host_key=key,
             machine_id=make_machine_id(),
         )
 

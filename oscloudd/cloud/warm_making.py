@@ -3,14 +3,13 @@
 import asyncio
 import os
 import shutil
-import socket
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from oscloudd.cloud.dialogues import converse
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.warm_files import DISK, MEMORY, STATE
@@ -79,7 +78,6 @@ class WarmMaker:
     def __init__(self, config: Config, user: QemuUser) -> None:
         self._run_directory = config.runtime_path / "warm"
         self._user = user
-        self._dialogue = ThreadPoolExecutor(1, thread_name_prefix="warm")
 
     async def remove_leftovers(self) -> None:
         """End what an earlier daemon was making."""
@@ -140,16 +138,9 @@ class WarmMaker:
             await asyncio.to_thread(shutil.rmtree, run_directory, ignore_errors=True)
 
     async def _postpone(self, qemu: Qemu) -> None:
-        line = qemu.console.attach_socket(with_history=True)
-        postpone = partial(postpone_identity, line, boot_seconds=_BOOT_SECONDS)
-        waiting = asyncio.get_running_loop().run_in_executor(self._dialogue, postpone)
-        try:
-            await asyncio.shield(waiting)
-        finally:
-            with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
-            await asyncio.gather(waiting, return_exceptions=True)
-            line.close()
+        with qemu.console.attach_socket(with_history=True) as line, qemu.open_channel() as channel:
+            postpone = partial(postpone_identity, line, channel, boot_seconds=_BOOT_SECONDS)
+            await converse(postpone, line, channel)
 
 
 async def _save_state(qemu: Qemu, path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The dialogue with a guest on its serial line. Blocking: runs in a worker thread.
+"""The dialogue with a guest, on its serial line or its channel. Blocking: for a worker thread.
 
-The template's own `apply-identity` is at the other end. A first boot says that it is ready, takes
-the identity in, and says that it has applied it; sshd and the network start after that. Told to
-postpone it, it boots to the end and waits there: the machine is saved, and each clone of it takes
-its identity in where that one waited. The caller closes `line` in all cases.
+The template's own `apply-identity` is at the other end. A first boot says on the serial line that
+it is ready, takes the identity in, and says that it has applied it; sshd and the network start
+after that. Told to postpone it, it boots to the end and waits there, on its channel: the machine is
+saved, and each clone of it takes its identity in where that one waited. The caller closes what it
+has given in all cases.
 """
 
 import socket
@@ -18,17 +19,18 @@ _READY = "oscloud-identity: ready"
 _APPLIED = "oscloud-identity: applied"
 _POSTPONED = "oscloud-identity: postponed"
 # The guest waits from here on, so the end of the line must be there, too.
-_WARM = "oscloud-identity: warm[\r\n]+"
+_WARM = "oscloud-identity: warm\n"
 _FAILED = "oscloud-identity: failed: ([^\r\n]*)[\r\n]"
+_KEPT = "oscloud-identity: kept\n"
 _APPLY_SECONDS = 60.0
 _TAIL_CHARACTERS = 2000
 
 
-def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) -> None:
-    """Wait for the guest's first boot to ask who it is, and tell it.
+def tell_identity(line: socket.socket, document: str, *, boot_seconds: float | None) -> None:
+    """Wait for the guest's first boot to ask who it is, and tell it; its disk has it then.
 
-    `boot_seconds` bounds the wait for the question. Raises OperationTimeoutError or HostError with
-    the last the guest printed.
+    `boot_seconds` bounds the wait for the question, None not at all. Raises OperationTimeoutError
+    or HostError with the last the guest printed.
     """
     guest = _listen(line)
     _expect(guest, _READY, boot_seconds, "ask for its identity")
@@ -39,24 +41,34 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float) ->
     _expect(guest, _APPLIED, _APPLY_SECONDS, "apply its identity")
 
 
-def postpone_identity(line: socket.socket, *, boot_seconds: float) -> None:
+def postpone_identity(line: socket.socket, channel: socket.socket, *, boot_seconds: float) -> None:
     """Have the guest's first boot go on without identity, to where its clones will be told.
 
-    `boot_seconds` bounds the wait for the question and the boot after it, each. The machine may be
-    saved when this returns. Raises like `tell_identity`.
+    It is told on its serial line, and will be waiting on its channel. `boot_seconds` bounds the
+    wait for the question and the boot after it, each. The machine may be saved when this returns.
+    Raises like `tell_identity`.
     """
     guest = _listen(line)
     _expect(guest, _READY, boot_seconds, "ask for its identity")
     _send(guest, encode_for_line(WARM_DOCUMENT))
     _expect(guest, _POSTPONED, _APPLY_SECONDS, "postpone its identity")
-    _expect(guest, _WARM, boot_seconds, "wait for the identity of a clone")
+    _expect(_listen(channel), _WARM, boot_seconds, "wait for the identity of a clone")
 
 
-def tell_clone(line: socket.socket, document: str, *, seconds: float) -> None:
-    """Tell a clone who it is; it waits for that and is not asked. Raises like `tell_identity`."""
-    guest = _listen(line)
+def tell_clone(channel: socket.socket, document: str, *, seconds: float) -> None:
+    """Tell a clone who it is; it waits for that and does not ask. Raises like `tell_identity`."""
+    guest = _listen(channel)
     _send(guest, encode_for_clone(document))
     _expect(guest, _APPLIED, seconds, "apply its identity")
+
+
+def hear_kept(channel: socket.socket) -> None:
+    """Wait until a clone that was told has its identity on its disk, too.
+
+    That may be never: it may end before, and the next boot of its disk asks again. Raises
+    HostError.
+    """
+    _expect(_listen(channel), _KEPT, None, "keep its identity")
 
 
 def _listen(line: socket.socket) -> fdpexpect.fdspawn:
@@ -76,7 +88,7 @@ def _send(guest: fdpexpect.fdspawn, lines: list[str]) -> None:
     guest.send("".join(f"{text}\n" for text in lines))
 
 
-def _expect(guest: fdpexpect.fdspawn, pattern: str, seconds: float, what: str) -> None:
+def _expect(guest: fdpexpect.fdspawn, pattern: str, seconds: float | None, what: str) -> None:
     """Wait for the pattern; raise HostError when the guest says that it has failed."""
     try:
         found = guest.expect([pattern, _FAILED], timeout=seconds)

@@ -10,13 +10,14 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from oscloudd.host.keys import HostKeys
+from oscloudd.host.keys import HostKey
 
 GREETING = "Powered by OS Cloud"
 
 # What RNDADDENTROPY of Linux takes for a full pool (random(4): 256 bits), twice over.
 _ENTROPY_BYTES = 64
 _LINE_LENGTH = 76
+_END_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class GuestIdentity:
     gateway: str
     mac: str
     dns: tuple[str, ...]
-    root_password: str
+    root_password_hash: str  # as in shadow(5); "" locks it
     authorized_keys: tuple[str, ...]
-    host_keys: HostKeys
+    host_key: HostKey
     machine_id: str
 
 
@@ -57,12 +58,10 @@ def build_document(identity: GuestIdentity) -> str:
         "gateway": identity.gateway,
         "mac": identity.mac,
         "dns": " ".join(identity.dns),
-        "root_password": identity.root_password,
+        "root_password_hash": identity.root_password_hash,
         "authorized_keys": "".join(f"{key}\n" for key in identity.authorized_keys),
-        "host_key_ed25519": identity.host_keys.ed25519_private,
-        "host_key_ed25519_public": f"{identity.host_keys.ed25519_public}\n",
-        "host_key_ecdsa": identity.host_keys.ecdsa_private,
-        "host_key_ecdsa_public": f"{identity.host_keys.ecdsa_public}\n",
+        "host_key_ed25519": identity.host_key.private,
+        "host_key_ed25519_public": f"{identity.host_key.public}\n",
         "machine_id": identity.machine_id,
         "greeting": GREETING,
     }
@@ -77,12 +76,14 @@ def encode_for_line(document: str) -> list[str]:
 def encode_for_clone(document: str) -> list[str]:
     """Give the same for a clone: its values are quoted for a shell to read them in at once.
 
-    Taking them apart one by one costs an emulated guest half a second.
+    The first line is a word that the last one repeats and that is nowhere else. Decoding each
+    value by itself costs an emulated guest half a second.
     """
     pairs = (line.split("=", 1) for line in document.splitlines())
     values = [(name, base64.b64decode(value)) for name, value in pairs]
     values += _draw_fresh()
-    return _encode("".join(f"{name}={shlex.quote(value.decode())}\n" for name, value in values))
+    end = secrets.token_hex(_END_BYTES)
+    return [end, *(f"{name}={shlex.quote(value.decode())}" for name, value in values), end]
 
 
 def _draw_fresh() -> list[tuple[str, bytes]]:

@@ -53,21 +53,18 @@ def _archive_part(text: str) -> dict[str, str]:
 
 
 def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
-    keys = identity.host_keys
     config: dict[str, Any] = {
         "hostname": identity.hostname,
         "manage_etc_hosts": True,
         "disable_root": False,
-        "ssh_pwauth": bool(identity.root_password),
+        "ssh_pwauth": bool(identity.root_password_hash),
         # "default" keeps the image's own user beside root.
         "users": ["default", {"name": "root", "ssh_authorized_keys": [*identity.authorized_keys]}],
         "ssh_authorized_keys": [*identity.authorized_keys],
         "ssh_deletekeys": True,
         "ssh_keys": {
-            "ed25519_private": keys.ed25519_private,
-            "ed25519_public": keys.ed25519_public,
-            "ecdsa_private": keys.ecdsa_private,
-            "ecdsa_public": keys.ecdsa_public,
+            "ed25519_private": identity.host_key.private,
+            "ed25519_public": identity.host_key.public,
         },
         "growpart": {"mode": "auto", "devices": ["/"]},
         "resize_rootfs": True,
@@ -84,8 +81,8 @@ def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
             },
         ],
     }
-    if identity.root_password:
-        users = [{"name": "root", "password": identity.root_password, "type": "text"}]
+    if identity.root_password_hash:
+        users = [{"name": "root", "password": identity.root_password_hash, "type": "hash"}]
         config["chpasswd"] = {"expire": False, "users": users}
     return config
 

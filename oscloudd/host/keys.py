@@ -1,9 +1,8 @@
-"""SSH keys: a guest's own host keys, made here, and the users' public keys, checked here.
+"""SSH keys: a guest's own host key, made here, and the users' public keys, checked here.
 
-Host keys are made on the host because ssh-keygen is slow in an emulated guest. Nothing is kept.
+Host keys are made here because ssh-keygen is slow in an emulated guest. Nothing is kept.
 """
 
-import asyncio
 import base64
 import binascii
 import tempfile
@@ -30,32 +29,27 @@ _HINT = "give one line of a file such as ~/.ssh/id_ed25519.pub: type, key, comme
 
 
 @dataclass(frozen=True)
-class HostKeys:
-    """What a guest's sshd identifies itself with: OpenSSH private keys and their public lines."""
+class HostKey:
+    """What a guest's sshd identifies itself with: an OpenSSH private key and its public line.
 
-    ed25519_private: str
-    ed25519_public: str
-    ecdsa_private: str
-    ecdsa_public: str
+    It is an ed25519 one and the only one. A second of another type costs an emulated sshd 50 ms at
+    each connection, and all clients of the last ten years know this type.
+    """
+
+    private: str
+    public: str
 
 
-async def make_host_keys(below: Path) -> HostKeys:
-    """Make a guest's host keys, with no comment and no passphrase.
+async def make_host_key(below: Path) -> HostKey:
+    """Make a guest's host key, with no comment and no passphrase.
 
-    They are files below `below` for a moment, which are left there when we are killed.
+    It is in a file below `below` for a moment, which is left there when we are killed.
     """
     with tempfile.TemporaryDirectory(dir=below) as directory:
-        ed25519, ecdsa = await asyncio.gather(
-            _make_key(Path(directory), "ed25519"), _make_key(Path(directory), "ecdsa")
-        )
-    return HostKeys(*ed25519, *ecdsa)
-
-
-async def _make_key(directory: Path, key_type: str) -> tuple[str, str]:
-    path = directory / key_type
-    await run(["ssh-keygen", "-q", "-t", key_type, "-N", "", "-C", "", "-f", str(path)])
-    public = path.with_suffix(".pub").read_text(encoding="ascii")
-    return path.read_text(encoding="ascii"), public.strip()
+        path = Path(directory) / "key"
+        await run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(path)])
+        public = path.with_suffix(".pub").read_text(encoding="ascii")
+        return HostKey(path.read_text(encoding="ascii"), public.strip())
 
 
 def check_public_key(text: str, *, parameter: str = "ssh_key") -> str:

@@ -14,7 +14,7 @@ from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
 from oscloudd.machine.console_log import read_last_lines
 from oscloudd.machine.monitor import OnEvent
 from oscloudd.machine.qemu import KILL_SECONDS, Qemu
-from oscloudd.machine.run_directory import MONITOR, SERIAL, RunDirectory
+from oscloudd.machine.run_directory import CHANNEL, MONITOR, SERIAL, RunDirectory
 from oscloudd.machine.sealed_memory import check_memory_size
 
 # Spawn to first answer takes 28 to 54 ms on an idle machine; a busy one may take very much longer.
@@ -100,6 +100,7 @@ def _open_descriptors(
             Descriptors(
                 monitor=stack.enter_context(directory.listen(MONITOR)).fileno(),
                 serial=stack.enter_context(directory.listen(SERIAL)).fileno(),
+                channel=stack.enter_context(directory.listen(CHANNEL)).fileno(),
                 console_log=_open(stack, files.console_log, append),
                 disk=_open(stack, files.disk, os.O_RDWR),
                 base=opened(files.base, os.O_RDONLY),

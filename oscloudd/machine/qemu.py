@@ -1,6 +1,6 @@
-"""One running qemu: its process, its monitor and its serial console, from launch to the end.
+"""One running qemu: its process, monitor, serial console and channel, from launch to the end.
 
-Owns the pidfd and both connections. A qemu outlives this object: `close` lets go of it, and
+Owns the pidfd and the connections. A qemu outlives this object: `close` lets go of it, and
 `adopt` takes hold of it again. Which vm it is, and what becomes of it, is for others to know.
 """
 
@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from oscloudd.machine.console import SerialConsole
 from oscloudd.machine.console_log import read_last_lines
 from oscloudd.machine.ending import Ending, describe_ending
 from oscloudd.machine.monitor import ANSWER_SECONDS, Monitor, OnEvent
-from oscloudd.machine.run_directory import MONITOR, SERIAL, RunDirectory
+from oscloudd.machine.run_directory import CHANNEL, MONITOR, SERIAL, RunDirectory
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class ForeignMachineError(HostError):
 
 
 class Qemu:
-    """A qemu and the daemon's three holds on it; whoever launched or adopted it closes it.
+    """A qemu and the daemon's holds on it; whoever launched or adopted it closes it.
 
     `exited` comes to its result when the process has ended, whoever ended it; it is cancelled by
     `close`. Without a usable monitor (`is_connected` false) the process can be watched and killed.
@@ -61,6 +62,7 @@ class Qemu:
         self._log = log
         self._monitor: Monitor | None = None
         self._console: SerialConsole | None = None
+        self._channel: socket.socket | None = None
         self._cause: str | None = None
         self._was_killed = False
         self._listeners: list[tuple[str, Heard]] = []
@@ -91,6 +93,18 @@ class Qemu:
             raise HostError("there is no connection to the guest's serial line")
         return self._console
 
+    def open_channel(self) -> socket.socket:
+        """Give a blocking duplicate of the connection to the guest's channel; the caller closes it.
+
+        Shutting it down ends the connection itself. Raises HostError when there is none, as with a
+        qemu that was started before vms had one.
+        """
+        if self._channel is None:
+            raise HostError("there is no connection to the guest's channel")
+        duplicate = self._channel.dup()
+        duplicate.settimeout(None)
+        return duplicate
+
     def read_log(self) -> str:
         """Give the last lines that this qemu, or one before it, has printed; "" when unknown."""
         return "" if self._log is None else read_last_lines(self._log)
@@ -106,6 +120,10 @@ class Qemu:
             console = SerialConsole(self._directory.connect(SERIAL), history=self._history)
             await console.open()
             self._console = console
+        if self._channel is None:
+            with suppress(HostError):
+                # A guest's port is open for it as long as somebody is at this end.
+                self._channel = self._directory.connect(CHANNEL)
         if not self.is_connected:
             await self._connect_monitor(timeout_seconds)
 
@@ -183,6 +201,8 @@ class Qemu:
             await self._monitor.close()
         if self._console is not None:
             await self._console.close()
+        if self._channel is not None:
+            self._channel.close()
         self._process.close()
 
     async def _connect_monitor(self, timeout_seconds: float) -> None:

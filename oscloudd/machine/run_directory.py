@@ -1,4 +1,4 @@
-"""The directory of one running qemu: its two sockets and the number of its process.
+"""The directory of one running qemu: its sockets and the number of its process.
 
 Owns the names in it. The sockets are bound here and qemu inherits them listening, so connecting
 never has to wait for qemu, and qemu itself needs no right to the directory.
@@ -14,6 +14,7 @@ from oscloudd.errors import HostError
 
 MONITOR = "qmp.sock"
 SERIAL = "serial.sock"
+CHANNEL = "channel.sock"
 PID_FILE = "qemu.pid"
 
 
@@ -62,7 +63,7 @@ class RunDirectory:
         (self.path / PID_FILE).write_text(f"{pid}\n", encoding="ascii")
 
     def _remove_files(self) -> None:
-        for name in (MONITOR, SERIAL, PID_FILE):
+        for name in (MONITOR, SERIAL, CHANNEL, PID_FILE):
             (self.path / name).unlink(missing_ok=True)
 
     @contextmanager

@@ -20,7 +20,7 @@ SAVE_SECONDS = 60.0
 RESTORE_SECONDS = 30.0
 
 # Counts up when saved machines of an earlier version of this program are of no use to this one.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 _STATE_NAME = "oscloud-state"
 
@@ -71,9 +71,8 @@ def recipe_key(
     """
     common = replace(spec, name="", uuid="", mac="", binary="", memory_shared=True, incoming=False)
     numbers = iter(range(10, 30))
-    names = ["monitor", "serial", "console_log", "disk", "base", "kernel", "initrd", "memory"]
-    if with_tap:
-        names.append("tap")
+    names = ["monitor", "serial", "channel", "console_log"]
+    names += ["disk", "base", "kernel", "initrd", "memory", *(["tap"] if with_tap else [])]
     descriptors = Descriptors(**{name: next(numbers) for name in names})
     recipe = {
         "version": RECIPE_VERSION,

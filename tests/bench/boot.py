@@ -153,6 +153,7 @@ def _qemu_arguments(bare: Bare, directory: Path) -> Iterator[tuple[list[str], tu
         descriptors = Descriptors(
             monitor=listening(),
             serial=listening(),
+            channel=listening(),
             console_log=opened(
                 directory / "log/bare.console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
             ),

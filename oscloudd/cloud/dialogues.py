@@ -1,0 +1,55 @@
+"""Running the blocking dialogues with guests beside the loop."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+
+async def converse(talk: Callable[[], None], *lines: socket.socket) -> None:
+    """Run a dialogue in a thread of its own, and wait for its end; raises what it raises.
+
+    The caller closes `lines` afterwards. When this is cancelled they are shut down, which is what
+    ends the thread: it waits in poll(2), which a close does not end, and closed under it a
+    descriptor would be another's by the time it reads.
+    """
+    talking = asyncio.ensure_future(_in_thread(talk))
+    try:
+        await asyncio.shield(talking)
+    except BaseException:
+        for line in lines:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+        await asyncio.gather(talking, return_exceptions=True)
+        raise
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a thread that ends with it.
+
+    A dialogue waits for its guest for minutes. The loop's own pool has six threads on two
+    processors: six guests that hang would hold up everything else.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            work()
+        except BaseException as failure:
+            error = failure
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="dialogue", daemon=True).start()
+    await done
