@@ -136,6 +136,7 @@ class Cloud:
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._keeper.close()
         await self.jobs.close()
+        await self.creator.close()
         await self._supervisor.close()
         for chosen in (self._accelerator, self._qemu):
             chosen.cancel()

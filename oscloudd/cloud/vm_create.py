@@ -40,8 +40,8 @@ from oscloudd.errors import (
     UnavailableError,
 )
 from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
-from oscloudd.host.images import image_info
-from oscloudd.host.keys import HostKey, make_host_key
+from oscloudd.host.images import virtual_size_bytes
+from oscloudd.host.keys import HostKey, HostKeys
 from oscloudd.host.network.links import numbers_in_use, permanent_addresses
 from oscloudd.host.passwords import hash_password
 from oscloudd.host.resources import disk_free_bytes
@@ -94,6 +94,11 @@ class VmCreator:
         self._jobs = jobs
         self._operations = operations
         self._warm_images = warm_images
+        self._keys = HostKeys(config.keys_path)
+
+    async def close(self) -> None:
+        """Make no keys any more."""
+        await self._keys.close()
 
     async def create(self, request: VmRequest, order: Order) -> VmInfo | JobInfo:
         """Make a vm, and answer when it has come as far as `request.wait` says.
@@ -101,11 +106,12 @@ class VmCreator:
         With "none" that is at once, and the answer is the job.
         """
         template = self._templates.get_ready(request.image)
-        await self._check_fits(request, template)
+        self._check_fits(request, template)
         warm = await self._find_warm(request, template)
-        key = await make_host_key(self._config.keys_path)
+        key = await self._keys.take()
         row = await self._insert(request, template, warm, key, order)
         job, task = await self._operations.begin_made(row, order)
+        task.add_done_callback(lambda _done: self._keys.prepare())
         if request.wait == "none" or not order.wait:
             return await self._jobs.info(job.id)
         if request.wait == "started":
@@ -140,7 +146,7 @@ class VmCreator:
         running = [step.name for step in OPERATIONS["vm_create"].steps].index("running")
         await job.passed(running + 1)
 
-    async def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
+    def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
         min_mem_bytes = template.declaration.min_mem_bytes
         if request.mem_size < min_mem_bytes:
             raise InvalidArgumentError(
@@ -154,11 +160,11 @@ class VmCreator:
                 hint="leave user_data out, or choose another image",
                 parameter="user_data",
             )
-        info = await image_info(template.image, template.declaration.image.format)
-        if request.disk_size < info.virtual_size_bytes:
+        least = virtual_size_bytes(template.image, template.declaration.image.format)
+        if request.disk_size < least:
             raise InvalidArgumentError(
                 f"disk_size {request.disk_size} is smaller than the image {request.image}",
-                hint=f"give it at least {info.virtual_size_bytes} bytes",
+                hint=f"give it at least {least} bytes",
                 parameter="disk_size",
             )
         free = disk_free_bytes(self._config.state_path)

@@ -25,7 +25,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
-from oscloudd.host.images import create_overlay, durable
+from oscloudd.host.images import copy_overlay, create_overlay, durable
 from oscloudd.host.processes import find_processes_in, open_process
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
@@ -66,7 +66,7 @@ class VmSteps:
         vm = await self._get(job)
         async with self._slots:
             began = time.monotonic()
-            await self._make_disk(vm)
+            await self._make_disk(vm, self._warm_image_of(job, vm))
             job.timings["overlay"] = time.monotonic() - began
 
     async def seed(self, job: Job) -> None:
@@ -95,8 +95,10 @@ class VmSteps:
             warm = self._warm_image_of(job, vm)
             if warm is not None:
                 await self._spawn_warm(job, vm, warm)
-            else:
-                await self._supervisor.spawn(vm, job.timings)
+                return
+            if _is_to_begin_warm(job, vm):
+                await self._make_disk(vm)  # its warm image was there, and is not any more
+            await self._supervisor.spawn(vm, job.timings)
 
     async def running(self, job: Job) -> None:
         """Let the guest run."""
@@ -214,7 +216,7 @@ class VmSteps:
 
     def _warm_image_of(self, job: Job, vm: VmRecord) -> WarmImage | None:
         """Give what a new vm begins with; None for one that has its identity, or begins cold."""
-        if job.kind != "vm_create" or vm.warm_image is None or vm.identified:
+        if vm.warm_image is None or not _is_to_begin_warm(job, vm):
             return None
         return self._warm_images.get(vm.warm_image)
 
@@ -222,11 +224,12 @@ class VmSteps:
         try:
             if job.is_resumed:
                 # What a clone that ran has written does not go with the memory it began with.
-                await self._make_disk(vm)
+                await self._make_disk(vm, warm)
             start = await self._warm_images.open(warm)
             await self._supervisor.spawn(vm, job.timings, start)
         except HostError as error:
             await self._fall_back(job, vm, error)
+            await self._make_disk(vm)
             await self._supervisor.spawn(vm, job.timings)
 
     async def _see_told(self, job: Job, vm: VmRecord) -> None:
@@ -251,12 +254,18 @@ class VmSteps:
         job.report("starting", message)
         await self._events.warn(vm.name, message, vm_id=vm.id)
 
-    async def _make_disk(self, vm: VmRecord) -> None:
-        """Make a fresh overlay on what the vm's disk stands on."""
+    async def _make_disk(self, vm: VmRecord, warm: WarmImage | None = None) -> None:
+        """Make a fresh overlay on what the vm's disk stands on.
+
+        One to begin warm with is as large as the frozen disk; the clone's machine makes it larger.
+        """
         template = self._templates.get_ready(vm.template)
         paths = self._paths(vm)
         for directory in (paths.disk_directory, paths.qemu_log.parent):
             directory.mkdir(parents=True, exist_ok=True)
+        if warm is not None and warm.blank_overlay.exists():
+            await asyncio.to_thread(copy_overlay, paths.disk, warm.blank_overlay)
+            return
         base, base_format = template.image, template.declaration.image.format
         if vm.warm_image is not None:
             base, base_format = frozen_disk(self._config, vm.warm_image), "qcow2"
@@ -328,6 +337,10 @@ class VmSteps:
 
     def _paths(self, vm: VmRecord) -> VmPaths:
         return vm_paths(self._config, vm.id, vm.disk_id)
+
+
+def _is_to_begin_warm(job: Job, vm: VmRecord) -> bool:
+    return job.kind == "vm_create" and vm.warm_image is not None and not vm.identified
 
 
 def _forget(vm_id: int) -> None:

@@ -18,6 +18,7 @@ from oscloudd.host.images import durable
 
 MANIFEST = "warm.json"
 MEMORY, STATE, DISK = "memory", "state", "disk.qcow2"
+_BLANK = "overlay.qcow2"
 
 
 def warm_directory(config: Config) -> Path:
@@ -69,6 +70,11 @@ class WarmImage:
     def disk(self) -> Path:
         """Its frozen disk, an overlay on the template's image."""
         return self.directory / DISK
+
+    @property
+    def blank_overlay(self) -> Path:
+        """An overlay on the frozen disk as large as that; each clone begins with a copy."""
+        return self.directory / _BLANK
 
     @property
     def last_used(self) -> float:

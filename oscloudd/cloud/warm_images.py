@@ -34,6 +34,7 @@ from oscloudd.cloud.warm_files import (
 from oscloudd.cloud.warm_making import Shape, WarmMaker
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, InvalidArgumentError
+from oscloudd.host.images import create_overlay, virtual_size_bytes
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -212,6 +213,8 @@ class WarmImages:
             await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
         image = self.get(name)
         assert image is not None
+        size_bytes = virtual_size_bytes(image.disk, "qcow2")
+        await create_overlay(image.blank_overlay, image.disk, "qcow2", size_bytes)
         return image
 
     async def _key(self, shape: Shape) -> str:

@@ -16,7 +16,7 @@ from oscloudd.cloud.warm_files import DISK, MEMORY, STATE
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
 from oscloudd.guest.dialogue import postpone_identity
-from oscloudd.host.images import create_overlay, image_info
+from oscloudd.host.images import create_overlay, virtual_size_bytes
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.processes import find_processes_below, open_process
 from oscloudd.host.sessions import end_session
@@ -91,8 +91,8 @@ class WarmMaker:
         template = shape.template
         job.report("disk", f"making a disk on {template.name}")
         image_format = template.declaration.image.format
-        size = (await image_info(template.image, image_format)).virtual_size_bytes
-        await create_overlay(making / DISK, template.image, image_format, size)
+        size_bytes = virtual_size_bytes(template.image, image_format)
+        await create_overlay(making / DISK, template.image, image_format, size_bytes)
         memory = make_memory(shape.mem_size)
         try:
             job.report("starting", "starting qemu")
