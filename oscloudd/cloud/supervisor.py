@@ -7,7 +7,6 @@ Owns the holds. Writes what it sees to `VmStates`; what should happen next is de
 import asyncio
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -41,7 +40,7 @@ from oscloudd.machine.ending import Ending, EndingKind
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
-from oscloudd.machine.warm import resize_disk, restore
+from oscloudd.machine.warm import restore_or_end
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -143,24 +142,12 @@ class Supervisor:
         finally:
             os.close(tap_fd)
         if warm is not None:
-            await self._restore(vm, held, warm)
+            began = time.monotonic()
+            await restore_or_end(held.qemu, warm.state, vm.disk_size)
+            held.timings["restore"] = time.monotonic() - began
         started = "cold" if warm is None else "warm"
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
-
-    async def _restore(self, vm: VmRecord, held: Held, warm: WarmStart) -> None:
-        began = time.monotonic()
-        try:
-            with tempfile.TemporaryFile() as state:
-                state.write(warm.state)
-                state.seek(0)
-                await restore(held.qemu, state.fileno())
-            await resize_disk(held.qemu, vm.disk_size)
-        except (CloudError, OSError) as error:
-            await held.qemu.stop(force=True)
-            await held.qemu.close()
-            raise HostError(f"the warm image can't be restored: {error}") from error
-        held.timings["restore"] = time.monotonic() - began
 
     async def identified(self, vm_id: int) -> None:
         """Wait until a guest has taken its identity in; raises what went wrong with that."""
