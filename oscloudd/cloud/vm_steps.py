@@ -13,6 +13,7 @@ import msgspec
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
@@ -21,6 +22,7 @@ from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
 from oscloudd.cloud.warm_files import WarmImage, frozen_disk
 from oscloudd.cloud.warm_images import WarmImages
+from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.guest.identity import GuestIdentity
@@ -48,6 +50,8 @@ class VmSteps:
         templates: Templates,
         supervisor: Supervisor,
         warm_images: WarmImages,
+        pool: WarmPool,
+        slots: StartSlots,
         events: Events,
     ) -> None:
         self._config = config
@@ -55,15 +59,17 @@ class VmSteps:
         self._templates = templates
         self._supervisor = supervisor
         self._warm_images = warm_images
+        self._pool = pool
+        self._slots = slots
         self._events = events
-        # Making disks and starting qemus is what loads the host; more of it wait for their turn.
-        self._slots = asyncio.Semaphore(config.limits.max_parallel_starts)
 
     # Making and starting
 
     async def disk(self, job: Job) -> None:
-        """Make the vm's disk, an overlay on its template."""
+        """Make the vm's disk, an overlay on its template; a spare brings its own."""
         vm = await self._get(job)
+        if self._pool.find_claimed(job.params.get("spare")) is not None:
+            return
         async with self._slots:
             began = time.monotonic()
             await self._make_disk(vm)
@@ -91,8 +97,12 @@ class VmSteps:
         # Its last qemu's end may still be being written down, and its directory removed.
         await self._supervisor.released(vm.id)
         await self.end_stray(vm)
+        if await self._take_spare(job, vm):
+            return
         async with self._slots:
             warm = self._warm_image_of(job, vm)
+            if self._lacks_disk(job, vm, warm):
+                await self._make_disk(vm)
             if warm is not None:
                 await self._spawn_warm(job, vm, warm)
             else:
@@ -106,7 +116,8 @@ class VmSteps:
             vm = await self._get(job)
         await self._supervisor.let_run(vm)
         if vm.started == "warm" and not vm.identified:
-            await self._see_told(job, vm)
+            with self._slots.without_turn():
+                await self._see_told(job, vm)
 
     async def booting(self, job: Job) -> None:
         """Wait until the guest has its identity and can be logged into."""
@@ -156,6 +167,7 @@ class VmSteps:
 
     async def undo_create(self, job: Job, error: BaseException) -> None:
         """Remove a vm that could not be made, unless its creator was told that there is one."""
+        await self._pool.end_claimed(job.params.get("spare"))
         vm = await self._states.find(job.vm_id)
         if vm is None or vm.wanted_state == WantedState.STOPPED:
             return  # its user has stopped it meanwhile, and that stands
@@ -218,11 +230,31 @@ class VmSteps:
             return None
         return self._warm_images.get(vm.warm_image)
 
+    def _lacks_disk(self, job: Job, vm: VmRecord, warm: WarmImage | None) -> bool:
+        """Tell whether the disk must be made before the guest's first start."""
+        # What a clone that ran has written does not go with the memory it began with.
+        is_written = warm is not None and job.is_resumed
+        return not vm.identified and (is_written or "spare" in job.params)
+
+    async def _take_spare(self, job: Job, vm: VmRecord) -> bool:
+        """Make the spare that was claimed for a vm its qemu; False where it has none that works."""
+        spare = self._pool.find_claimed(job.params.get("spare"))
+        if spare is None:
+            return False
+        try:
+            with self._slots.without_turn():
+                await self._supervisor.take(vm, spare, job.timings)
+        except CloudError as error:
+            await self._pool.end_claimed(spare.uuid)
+            message = f"its spare clone can't be used, and another is restored: {error.message}"
+            _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
+            await self._events.warn(vm.name, message, vm_id=vm.id)
+            return False
+        self._pool.taken(spare)
+        return True
+
     async def _spawn_warm(self, job: Job, vm: VmRecord, warm: WarmImage) -> None:
         try:
-            if job.is_resumed:
-                # What a clone that ran has written does not go with the memory it began with.
-                await self._make_disk(vm)
             start = await self._warm_images.open(warm)
             await self._supervisor.spawn(vm, job.timings, start)
         except HostError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
+from oscloudd.machine.monitor import ANSWER_SECONDS
 from oscloudd.machine.qemu import Heard, Qemu
 
 SAVE_SECONDS = 60.0
@@ -72,9 +73,15 @@ async def restore_or_end(qemu: Qemu, state: bytes, disk_bytes: int | None = None
         raise
 
 
-async def resize_disk(qemu: Qemu, size_bytes: int) -> None:
-    """Tell qemu and the guest that the disk has `size_bytes`, after `restore`."""
-    await qemu.monitor.execute("block_resize", {"node-name": "disk", "size": size_bytes})
+async def resize_disk(
+    qemu: Qemu, size_bytes: int, *, timeout_seconds: float = ANSWER_SECONDS
+) -> None:
+    """Tell qemu and the guest that the disk has `size_bytes`, after `restore`.
+
+    A disk that is smaller is made larger. Raises HostError or OperationTimeoutError.
+    """
+    size = {"node-name": "disk", "size": size_bytes}
+    await qemu.monitor.execute("block_resize", size, timeout_seconds=timeout_seconds)
 
 
 def recipe_key(
