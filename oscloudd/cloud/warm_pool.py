@@ -109,7 +109,7 @@ class WarmPool:
         while self._size > 0:
             self._stirred.clear()
             try:
-                pause_seconds = await self._tend()
+                pause_seconds = await self.tend()
             except Exception:
                 _log.exception("spare clones")
                 self._put_off()
@@ -123,32 +123,41 @@ class WarmPool:
         await self._end([*self._ready, *self._claimed.values()])
         await asyncio.gather(*self._ending.values())
 
-    async def _tend(self) -> float | None:
+    async def tend(self) -> float | None:
         """Do one thing that is due; give after how many seconds to look again, None for never."""
-        for spare in [spare for spare in self._ready if not spare.is_well]:
-            _log.warning("a spare clone, process %d, has ended", spare.qemu.identity.pid)
-            self._put_off()
-            await self._drop([spare])
-        if self._ready and self._free_memory() < self._min_free_mem:
-            await self._yield_memory("little memory is available")
+        await self._end_what_must_go()
         image = await self._warm_images.find_last_used()
         if image is None:
             await self._drop(list(self._ready))
             return None
         if self.count_ready()[image.name] >= self._size:
             return _LOOK_SECONDS
-        if (wait_seconds := self._not_before - time.monotonic()) > 0:
+        if (wait_seconds := self._seconds_until_next()) > 0:
             return min(wait_seconds, _LOOK_SECONDS) if self._ready else wait_seconds
-        if self._claimed or self._free_memory() < 2 * self._min_free_mem:
-            return _LOOK_SECONDS
         if await self._slots.wait_idle(_LOOK_SECONDS):
             await self._replace(image)
         return 0
 
+    async def _end_what_must_go(self) -> None:
+        for spare in [spare for spare in self._ready if not spare.is_well]:
+            _log.warning("a spare clone, process %d, has ended", spare.qemu.identity.pid)
+            self._put_off()
+            await self._drop([spare])
+        if self._ready and self._free_memory() < self._min_free_mem:
+            await self._yield_memory("little memory is available")
+
+    def _seconds_until_next(self) -> float:
+        """Give how long to wait at least before one may be made."""
+        if self._claimed:  # what goes on with it tells
+            return _LOOK_SECONDS
+        if self._free_memory() < 2 * self._min_free_mem:
+            return _ROOM_SECONDS
+        return self._not_before - time.monotonic()
+
     async def _replace(self, image: WarmImage) -> None:
         """Make a spare of this image, and room for it among the others."""
         others = [spare for spare in self._ready if spare.image != image.name]
-        await self._drop(others[: len(self._ready) + 1 - self._size])
+        await self._drop(others[: max(0, len(self._ready) + 1 - self._size)])
         self._making = image.name
         try:
             spare = await self._maker.make(image)
