@@ -7,13 +7,12 @@ left: it has none itself, so that everything there is must be a vm's.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cloud_accounts import Question, check_accounted, settle, tail
+from cloud_accounts import Question, check_accounted, settle
 from daemon_process import IMAGE
-from daemon_zygote import ZygoteBox
 from dying_daemon import Death
+from spare_box import SpareBox
 from test_kill_matrix import (
     ADDRESS,
     CASES,
@@ -34,35 +33,6 @@ STEPS = [
 ]
 
 
-class SpareBox(ZygoteBox):
-    """A cloud that keeps one spare, or none."""
-
-    def restart(self, pool: int) -> None:
-        """Have a daemon with a pool of this size, and its spares ready."""
-        if self.daemon is not None:
-            assert self.end() == 0, tail(self)
-        path = self.root / "oscloud.toml"
-        before, _, rest = path.read_text().partition("[warm]\n")
-        warm = f'mode = "auto"\npool = {pool}\n'
-        path.write_text(f"{before}[warm]\n{warm}{rest[rest.index('[qemu]') :]}")
-        self.start()
-        if pool:
-            self.until(lambda: self.count_spares() == pool, f"a pool of {pool}")
-
-    def count_spares(self) -> int:
-        warm = self.call("template_info", template=IMAGE)["warm"]
-        return sum(image["spares"] for image in warm)
-
-    def traces(self) -> dict[str, Any]:
-        found = super().traces()
-        left = [
-            str(path.relative_to(self.root))
-            for pattern in ("run/spares/*", "state/spares/*")
-            for path in self.root.glob(pattern)
-        ]
-        return found | ({"spares": left} if left else {})
-
-
 @pytest.fixture(scope="module")
 def box(fake_qemu_binary: Path) -> Iterator[SpareBox]:
     if os.geteuid() != 0:
@@ -70,7 +40,7 @@ def box(fake_qemu_binary: Path) -> Iterator[SpareBox]:
     box = SpareBox(fake_qemu_binary)
     try:
         box.restart(pool=0)
-        box.call("template_warm", template=IMAGE, mem_size=CREATION["mem_size"])
+        box.warm()
         with box.sshd_at(ADDRESS):
             yield box
             box.restart(pool=0)
