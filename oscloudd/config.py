@@ -88,7 +88,7 @@ class WarmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_size: str = "8G"
     max_age_days: float = 30.0
     # So many clones of the warm image used last are kept restored and standing still, for the next
-    # vms of its shape; 0 for none. Each takes some 60 MB of memory.
+    # vms of its shape; 0 for none. Each takes some 40 MB of memory.
     pool: int = 0
     # They are ended when less than this share of the host's memory is available, and none is made
     # before twice as much is.

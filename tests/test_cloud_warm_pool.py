@@ -16,8 +16,8 @@ from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.warm_files import MANIFEST, Manifest, WarmImage, read_warm
 from oscloudd.cloud.warm_images import WarmImages
 from oscloudd.cloud.warm_pool import WarmPool
-from oscloudd.config import Config, LimitsConfig, WarmConfig
-from oscloudd.errors import HostError
+from oscloudd.config import Config, LimitsConfig, WarmConfig, load_config
+from oscloudd.errors import HostError, InvalidArgumentError
 from oscloudd.store.database import Database
 
 SIZE = 2
@@ -254,3 +254,18 @@ def test_an_image_that_spares_stand_on_stays(tmp_path: Path) -> None:
         await database.close()
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("pool = -1", "warm.pool -1 is not between 0 and 100"),
+        ("pool = 101", "warm.pool 101 is not between 0 and 100"),
+        ("pool_min_free_mem = 1.0", "warm.pool_min_free_mem 1.0 is not a share between 0 and 1"),
+    ],
+)
+def test_a_pool_that_can_not_be_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "oscloud.toml"
+    path.write_text(f"[warm]\n{line}\n")
+    with pytest.raises(InvalidArgumentError, match=said):
+        load_config(path)
