@@ -50,11 +50,6 @@ class Spare:
     qemu: Qemu
 
     @property
-    def mac(self) -> str:
-        """The MAC its card has, and has again after any reset."""
-        return mac_of(self.uuid)
-
-    @property
     def is_well(self) -> bool:
         """Whether a vm can have it."""
         return self.qemu.is_connected and not self.qemu.exited.done()
