@@ -16,6 +16,9 @@ from oscloudd.units import parse_size
 
 DEFAULT_PATH = Path("/etc/oscloud/oscloud.toml")
 
+# Each is a process, and a bridge has 1023 ports.
+MAX_POOL = 100
+
 
 class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[http]: where the shim listens."""
@@ -84,6 +87,12 @@ class WarmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # The least recently used go when all together take more, or were not used for so many days.
     max_size: str = "8G"
     max_age_days: float = 30.0
+    # So many clones of the warm image used last are kept restored and standing still, for the next
+    # vms of its shape; 0 for none. Each takes some 40 MB of memory.
+    pool: int = 0
+    # They are ended when less than this share of the host's memory is available, and none is made
+    # before twice as much is.
+    pool_min_free_mem: float = 0.1
 
     def max_size_bytes(self) -> int:
         """Give `max_size` in bytes; raises InvalidArgumentError."""
@@ -162,10 +171,24 @@ def _check(document: dict[str, object], path: Path) -> Config:
         for server in config.network.dns:
             IPv4Address(server)
         _check_limits(config.limits)
-        config.warm.max_size_bytes()
+        _check_warm(config.warm)
     except (msgspec.ValidationError, ValueError, InvalidArgumentError) as error:
         raise InvalidArgumentError(f"configuration file {path}: {error}") from error
     return config
+
+
+def _check_warm(warm: WarmConfig) -> None:
+    warm.max_size_bytes()
+    if not 0 <= warm.pool <= MAX_POOL:
+        raise InvalidArgumentError(
+            f"warm.pool {warm.pool} is not between 0 and {MAX_POOL}",
+            hint="it is how many clones are kept ready: 2 is enough for one vm now and then",
+        )
+    if not 0 <= warm.pool_min_free_mem < 1:
+        raise InvalidArgumentError(
+            f"warm.pool_min_free_mem {warm.pool_min_free_mem} is not a share between 0 and 1",
+            hint="0.1 ends the spare clones when less than a tenth of the memory is available",
+        )
 
 
 def _check_limits(limits: LimitsConfig) -> None:

@@ -14,10 +14,12 @@ from oscloudd.host.images import (
     build_overlay_argv,
     check_downloaded_image,
     convert,
+    copy_overlay,
     create_overlay,
     find_danger,
     image_info,
     parse_qcow2_header,
+    virtual_size_bytes,
 )
 
 
@@ -39,6 +41,34 @@ def test_overlay_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="qemu-img create failed with status 1"):
         asyncio.run(create_overlay(tmp_path / "disk", tmp_path / "none", "qcow2", 1 << 30))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_copy_of_a_blank_overlay_is_one_of_its_own(tmp_path: Path) -> None:
+    base = make(tmp_path / "base.qcow2", "-f", "qcow2")
+    blank, overlay = tmp_path / "blank.qcow2", tmp_path / "disk.qcow2"
+    asyncio.run(create_overlay(blank, base, "qcow2", 8 << 20))
+    copy_overlay(overlay, blank)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 4k", overlay], check=True)
+    assert asyncio.run(image_info(overlay, "qcow2")).backing == str(base)
+    shown = subprocess.check_output(["qemu-io", "-f", "qcow2", "-c", "read -P 0 0 4k", blank])
+    assert b"verification failed" not in shown
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="No such file"):
+        copy_overlay(tmp_path / "disk", tmp_path / "none")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_the_size_of_an_image_is_read_without_qemu_img(tmp_path: Path, image_format: str) -> None:
+    image = make(tmp_path / "image", "-f", image_format, size="12M")
+    assert virtual_size_bytes(image, image_format) == 12 << 20
+
+
+def test_the_size_of_no_image_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="No such file"):
+        virtual_size_bytes(tmp_path / "none", "qcow2")
 
 
 def test_names_given_to_qemu_img_are_never_protocols() -> None:

@@ -22,7 +22,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from oscloudd.errors import AlreadyExistsError, NotFoundError
+from oscloudd.errors import AlreadyExistsError, HostError, NotFoundError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
 from oscloudd.host.network.firewall import (
     GuestNetwork,
@@ -42,7 +42,7 @@ from oscloudd.host.network.links import (
 )
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.routes import find_free_subnet
-from oscloudd.host.network.taps import open_tap
+from oscloudd.host.network.taps import join_tap, open_tap
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 
@@ -146,6 +146,18 @@ def test_tap_is_a_port_and_ends_with_its_descriptor() -> None:
     assert not os.get_inheritable(tap_fd)
     os.close(tap_fd)
     assert "tap0" not in interfaces()
+
+
+@in_namespace
+def test_tap_of_no_bridge_joins_one_later() -> None:
+    asyncio.run(ensure_bridge(BRIDGE))
+    tap_fd = open_tap("tap0", None)
+    assert "master" not in interfaces()["tap0"]
+    join_tap("tap0", "oscloud0")
+    assert interfaces()["tap0"]["master"] == "oscloud0"
+    os.close(tap_fd)
+    with pytest.raises(HostError, match="tap0 can't join bridge oscloud0: no interface"):
+        join_tap("tap0", "oscloud0")
 
 
 @in_namespace

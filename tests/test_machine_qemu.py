@@ -15,7 +15,7 @@ import pytest
 from fake_qemu import install_fake_qemu
 
 from oscloudd.errors import HostError, InvalidStateError, NotFoundError, OperationTimeoutError
-from oscloudd.host.processes import ExitStatus, find_process
+from oscloudd.host.processes import ExitStatus, find_process, find_processes_in
 from oscloudd.host.users import QemuUser
 from oscloudd.machine import qemu as qemu_module
 from oscloudd.machine.arguments import MachineSpec
@@ -282,6 +282,32 @@ def test_an_adopted_process_that_is_killed_by_others_is_seen_to_end(bench: Bench
         again = await bench.adopt(machine)
         os.kill(again.identity.pid, signal.SIGKILL)
         assert not (await again.exited).is_orderly
+
+    run(bench, scene())
+
+
+def test_a_qemu_that_is_handed_over_is_found_at_its_new_place(bench: Bench) -> None:
+    there = bench.files.run_directory.parent / "there"
+    log = bench.files.qemu_log.with_name("there.log")
+    heard: list[str] = []
+
+    async def scene() -> None:
+        machine = await bench.launch()
+        await machine.resume()
+        bench.files.run_directory.rename(there)
+        bench.files.qemu_log.rename(log)
+        log.write_text("said\n")
+        before = list(bench.events)
+        machine.hand_over(there, log=log, on_event=lambda name, _data: heard.append(name))
+        await machine.pause()
+        await machine.monitor.close()
+        await machine.connect()  # its socket, by the new name
+        await machine.resume()
+        assert bench.events == before
+        assert heard == ["STOP", "RESUME"]
+        assert machine.read_log() == "said"
+        assert find_processes_in(there) == [machine.identity]
+        await machine.stop(force=True)
 
     run(bench, scene())
 

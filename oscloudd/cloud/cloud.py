@@ -22,6 +22,8 @@ from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.reconcile import Reconciler
+from oscloudd.cloud.spare import SpareMaker
+from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_create import VmCreator
@@ -30,6 +32,7 @@ from oscloudd.cloud.vm_states import VmStates
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.cloud.vms import Vms
 from oscloudd.cloud.warm_images import WarmImages
+from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
 from oscloudd.host.users import resolve_qemu_user
@@ -84,11 +87,27 @@ class Cloud:
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
         )
+        self._spares = SpareMaker(
+            config, database, self.templates, self.warm_images, user, self._accelerator
+        )
+        slots = StartSlots(config.limits.max_parallel_starts)
+        self._pool = WarmPool(config, self.warm_images, self._spares, slots)
+        self.warm_images.on_made = self._pool.stir
+        self.warm_images.stood_on = self._pool.images
         steps = VmSteps(
-            config, self.states, self.templates, self._supervisor, self.warm_images, self.events
+            config,
+            self.states,
+            self.templates,
+            self._supervisor,
+            self.warm_images,
+            self._pool,
+            slots,
+            self.events,
         )
         operations = Operations(database, self.jobs, steps)
-        self.power = VmPower(config, database, self.states, self._supervisor, self.jobs, operations)
+        self.power = VmPower(
+            config, database, self.states, self._supervisor, self.jobs, operations, self._pool
+        )
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
         self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)
@@ -100,6 +119,7 @@ class Cloud:
             self.jobs,
             operations,
             self.warm_images,
+            self._pool,
         )
         self._reconciler = Reconciler(
             config, database, self.states, self._supervisor, steps, operations, self._keeper
@@ -115,6 +135,7 @@ class Cloud:
         shutil.rmtree(self.config.keys_path, ignore_errors=True)
         self.config.keys_path.mkdir(mode=0o700)
         await self.warm_images.remove_leftovers()
+        await self._spares.remove_leftovers()
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self._reconciler.prepare()
@@ -123,7 +144,7 @@ class Cloud:
         """Take hold of what runs and keep house, in the background."""
         for work in (
             self._reconciler.run(),
-            self.warm_images.load(),
+            self._keep_warm(),
             self._keep_house(),
             self._keep_database(),
         ):
@@ -137,10 +158,16 @@ class Cloud:
         await self._keeper.close()
         await self.jobs.close()
         await self.creator.close()
+        await self._pool.close()
         await self._supervisor.close()
         for chosen in (self._accelerator, self._qemu):
             chosen.cancel()
         await asyncio.gather(self._accelerator, self._qemu, return_exceptions=True)
+
+    async def _keep_warm(self) -> None:
+        """Have warm images at hand, then spares of the one used last."""
+        await self.warm_images.load()
+        await self._pool.run()
 
     async def _keep_house(self) -> None:
         """Sweep out what nobody owns and forget what is old, now and then."""
@@ -188,7 +215,8 @@ class Cloud:
     async def template_info(self, name: str) -> dict[str, Any]:
         """Describe one template with the warm images there are of it; raises NotFoundError."""
         info = await self.templates.info(name)
-        return {**msgspec.structs.asdict(info), "warm": await self.warm_images.list_of(name)}
+        warm = await self.warm_images.list_of(name, self._pool.count_ready())
+        return {**msgspec.structs.asdict(info), "warm": warm}
 
     async def _choose(self) -> Accelerator:
         config = self.config

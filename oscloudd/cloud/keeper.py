@@ -81,6 +81,7 @@ class Keeper:
     async def _start(self, vm: VmRecord) -> bool:
         """Start it unless that is no longer wanted; False when it failed."""
         try:
+            await self._power.make_room(vm)
             begun = await self._operations.begin("vm_start", vm.id, Order(0), self._decide)
             if begun is not None:
                 await asyncio.shield(begun[1])

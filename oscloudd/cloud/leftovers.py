@@ -119,6 +119,7 @@ class Leftovers:
         found += [(rows.disks, traces) for traces in listing.disks.values()]
         foreign = [traces for ids, traces in found if ids.is_foreign(traces.number)]
         held = {identity.pid for traces in listing.vms.values() for identity in traces.processes}
+        held |= {identity.pid for identity in listing.spares}
         unclaimed = [
             tap for tap in links.taps if _TAP.fullmatch(tap.name) and tap.name not in rows.taps
         ]

@@ -27,7 +27,7 @@ def check_memory(wanted_bytes: int, overcommit: float, except_vm: int | None = N
     committed = committed_bytes(except_vm)
     total, available = memory_total_bytes(), memory_available_bytes()
     limit = int(overcommit * total)
-    at_once = int(available * max(1.0, overcommit))
+    at_once = most_at_once_bytes(overcommit)
     if committed + wanted_bytes <= limit and wanted_bytes <= at_once:
         return
     if committed + wanted_bytes > limit:
@@ -47,6 +47,11 @@ def check_memory(wanted_bytes: int, overcommit: float, except_vm: int | None = N
         available=available,
         overcommit=overcommit,
     )
+
+
+def most_at_once_bytes(overcommit: float) -> int:
+    """Give the most that one vm alone may want now."""
+    return int(memory_available_bytes() * max(1.0, overcommit))
 
 
 def committed_bytes(except_vm: int | None = None) -> int:

@@ -7,7 +7,6 @@ Owns the holds. Writes what it sees to `VmStates`; what should happen next is de
 import asyncio
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from oscloudd.cloud.boot import Boot
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
+from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
@@ -31,7 +31,7 @@ from oscloudd.cloud.warm_files import WarmStart, frozen_disk
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
-from oscloudd.host.network.taps import open_tap
+from oscloudd.host.network.taps import join_tap, open_tap
 from oscloudd.host.processes import find_processes_in
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
@@ -41,7 +41,7 @@ from oscloudd.machine.ending import Ending, EndingKind
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
-from oscloudd.machine.warm import resize_disk, restore
+from oscloudd.machine.warm import resize_disk, restore_or_end
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -143,24 +143,31 @@ class Supervisor:
         finally:
             os.close(tap_fd)
         if warm is not None:
-            await self._restore(vm, held, warm)
+            began = time.monotonic()
+            await restore_or_end(held.qemu, warm.state, vm.disk_size)
+            held.timings["restore"] = time.monotonic() - began
         started = "cold" if warm is None else "warm"
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
 
-    async def _restore(self, vm: VmRecord, held: Held, warm: WarmStart) -> None:
+    async def take(self, vm: VmRecord, spare: Spare, timings: dict[str, float]) -> None:
+        """Make a spare the qemu of a vm that has its uuid, MAC and tap; it stands still.
+
+        Raises CloudError; the spare is only good for being ended then.
+        """
         began = time.monotonic()
-        try:
-            with tempfile.TemporaryFile() as state:
-                state.write(warm.state)
-                state.seek(0)
-                await restore(held.qemu, state.fileno())
-            await resize_disk(held.qemu, vm.disk_size)
-        except (CloudError, OSError) as error:
-            await held.qemu.stop(force=True)
-            await held.qemu.close()
-            raise HostError(f"the warm image can't be restored: {error}") from error
-        held.timings["restore"] = time.monotonic() - began
+        held = Held(vm.id)
+        held.timings = timings
+        held.qemu = spare.qemu
+        paths = vm_paths(self._config, vm.id, vm.disk_id)
+        await spare.hand_over(paths, self._on_event(held))
+        await resize_disk(spare.qemu, vm.disk_size, timeout_seconds=ADOPTION_SECONDS)
+        self._remember_neighbour(vm)
+        join_tap(vm.tap, vm.bridge)
+        held.timings["take"] = time.monotonic() - began
+        identity = spare.qemu.identity
+        await self._states.record_process(vm.id, identity, spare.accelerator, "warm")
+        self._hold(vm, held)
 
     async def identified(self, vm_id: int) -> None:
         """Wait until a guest has taken its identity in; raises what went wrong with that."""

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oscloudd.cloud.vm_paths import spares_run_directory
 from oscloudd.config import Config
 from oscloudd.errors import HostError, NotFoundError
 from oscloudd.host.processes import (
@@ -43,11 +44,15 @@ class Traces:
 
 @dataclass(frozen=True)
 class Listing:
-    """What there is of all of them, and what has a name that we never give."""
+    """What there is of all of them, and what has a name that we never give.
+
+    `spares` are the processes of spare clones, which are no vm's.
+    """
 
     vms: dict[int, Traces]
     disks: dict[int, Traces]
     strange: list[str]
+    spares: list[ProcessIdentity]
 
 
 def list_traces(config: Config) -> Listing:
@@ -55,6 +60,8 @@ def list_traces(config: Config) -> Listing:
     strange: list[str] = []
     vms = _Collector("vm", strange)
     disks = _Collector("disk", strange)
+    # First: one that becomes a vm's meanwhile is seen twice then, and not never.
+    spares = find_processes_below(spares_run_directory(config))
     run_directories = config.runtime_path / "vms"
     for path in _entries(run_directories):
         vms.add_path(path.name, path)
@@ -65,7 +72,7 @@ def list_traces(config: Config) -> Listing:
             vms.add_path(match[1], path)
     for path in _entries(config.state_path / "disks"):
         disks.add_path(path.name, path)
-    return Listing(vms.by_number, disks.by_number, strange)
+    return Listing(vms.by_number, disks.by_number, strange, [found.identity for found in spares])
 
 
 async def remove_traces(traces: Traces) -> list[str]:

@@ -23,6 +23,7 @@ from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.operations import OPERATIONS, Operations
+from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import VmState, WantedState
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
@@ -31,9 +32,11 @@ from oscloudd.cloud.vm_states import insert_state_event
 from oscloudd.cloud.warm_files import WarmImage
 from oscloudd.cloud.warm_images import WarmImages
 from oscloudd.cloud.warm_making import Shape
+from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import (
     AlreadyExistsError,
+    CloudError,
     ExhaustedError,
     InvalidArgumentError,
     InvalidStateError,
@@ -86,6 +89,7 @@ class VmCreator:
         jobs: Jobs,
         operations: Operations,
         warm_images: WarmImages,
+        pool: WarmPool,
     ) -> None:
         self._config = config
         self._database = database
@@ -94,6 +98,7 @@ class VmCreator:
         self._jobs = jobs
         self._operations = operations
         self._warm_images = warm_images
+        self._pool = pool
         self._keys = HostKeys(config.keys_path)
 
     async def close(self) -> None:
@@ -187,20 +192,35 @@ class VmCreator:
         key: HostKey,
         order: Order,
     ) -> JobRow:
+        spare = None if warm is None else self._pool.claim(warm)
         try:
+            await self._pool.make_room(request.mem_size)
             return await self._database.run(
-                lambda: self._reserve(request, template, warm, key, order.owner_uid)
+                lambda: self._reserve(request, template, warm, spare, key, order.owner_uid)
             )
-        except IntegrityError as error:
-            raise UnavailableError(
-                "another vm was given the same resources at the same moment", hint="try again"
-            ) from error
+        except BaseException as error:
+            if spare is not None:
+                await self._give_back(spare, error)
+            if isinstance(error, IntegrityError):
+                raise UnavailableError(
+                    "another vm was given the same resources at the same moment", hint="try again"
+                ) from error
+            raise
+
+    async def _give_back(self, spare: Spare, error: BaseException) -> None:
+        # Nothing was wrong with it where the request was refused. Else a vm may have its uuid or
+        # its tap after all, and it would be in the way of the next one, too.
+        if isinstance(error, CloudError) and not isinstance(error, UnavailableError):
+            self._pool.give_back(spare)
+        else:
+            await self._pool.end_claimed(spare.uuid)
 
     def _reserve(
         self,
         request: VmRequest,
         template: ReadyTemplate,
         warm: WarmImage | None,
+        spare: Spare | None,
         key: HostKey,
         owner_uid: int,
     ) -> JobRow:
@@ -208,8 +228,8 @@ class VmCreator:
         network = read_network(request.network)
         _check_name_is_free(request.name)
         check_memory(request.mem_size, self._config.limits.overcommit)
-        unique = uuid.uuid4()
-        given = _allocate(network, request.ip)
+        unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
+        given = _allocate(network, request.ip, spare)
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         now = time.time()
@@ -241,7 +261,7 @@ class VmCreator:
             owner_uid=owner_uid,
             created_at=now,
         )
-        return _insert_job(request, vm, None if by_serial else identity)
+        return _insert_job(request, vm, None if by_serial else identity, spare)
 
     def _identity(
         self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey
@@ -269,7 +289,7 @@ class _Given:
     serial_port: int
 
 
-def _allocate(network: NetworkRecord, wanted_ip: str | None) -> _Given:
+def _allocate(network: NetworkRecord, wanted_ip: str | None, spare: Spare | None) -> _Given:
     taken = list(Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples())
     addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
     taps = {tap for _, _, tap, _ in taken}
@@ -278,13 +298,17 @@ def _allocate(network: NetworkRecord, wanted_ip: str | None) -> _Given:
     taps |= numbers_in_use("osctap")
     return _Given(
         ip=allocate_address(network.subnet, addresses, wanted_ip, network=network.name),
-        tap_index=first_free_index(taps),
+        tap_index=first_free_index(taps) if spare is None else spare.tap_index,
         serial_port=first_free_serial_port({port for _, _, _, port in taken}),
     )
 
 
-def _insert_job(request: VmRequest, vm: Vm, identity: GuestIdentity | None) -> JobRow:
+def _insert_job(
+    request: VmRequest, vm: Vm, identity: GuestIdentity | None, spare: Spare | None
+) -> JobRow:
     params: dict[str, Any] = {"wait": request.wait}
+    if spare is not None:
+        params["spare"] = spare.uuid
     if identity is not None:  # it goes into a seed, which a later daemon may have to write
         params |= {"identity": msgspec.to_builtins(identity), "user_data": request.user_data}
     insert_state_event(vm.id, vm.name, vm.state, "", vm.wanted_state)

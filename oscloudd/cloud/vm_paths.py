@@ -1,6 +1,10 @@
-"""Where the files of a vm are. All of them are named by id, so a rename moves nothing."""
+"""Where the files of a vm are. All of them are named by id, so a rename moves nothing.
+
+Those of a spare, which may become a vm's, are named by its uuid, and elsewhere.
+"""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +13,7 @@ from oscloudd.config import Config
 
 @dataclass(frozen=True)
 class VmPaths:
-    """The files and directories of one vm."""
+    """The files and directories of one vm, or of a spare."""
 
     run_directory: Path
     disk_directory: Path
@@ -47,4 +51,29 @@ def vm_paths(config: Config, vm_id: int, disk_id: int) -> VmPaths:
         disk_directory=disk_directory(config, disk_id),
         qemu_log=config.log_path / f"vm-{vm_id}.log",
         console_log=config.log_path / f"vm-{vm_id}.console.log",
+    )
+
+
+def spares_run_directory(config: Config) -> Path:
+    """Give the directory that the run directories of all spares are in."""
+    return config.runtime_path / "spares"
+
+
+def spares_disk_directory(config: Config) -> Path:
+    """Give the directory that the directories of all spares' disks are in."""
+    return config.state_path / "spares"
+
+
+def spare_logs(config: Config) -> Iterator[Path]:
+    """Give the logs there are of spares."""
+    return config.log_path.glob("spare-*.log")
+
+
+def spare_paths(config: Config, uuid: str) -> VmPaths:
+    """Give the paths of a spare."""
+    return VmPaths(
+        run_directory=spares_run_directory(config) / uuid,
+        disk_directory=spares_disk_directory(config) / uuid,
+        qemu_log=config.log_path / f"spare-{uuid}.log",
+        console_log=config.log_path / f"spare-{uuid}.console.log",
     )

@@ -16,6 +16,7 @@ from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, SEEN_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
+from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import InvalidStateError
 from oscloudd.store.database import Database
@@ -39,6 +40,7 @@ class VmPower:
         supervisor: Supervisor,
         jobs: Jobs,
         operations: Operations,
+        pool: WarmPool,
     ) -> None:
         self._overcommit = config.limits.overcommit
         self._database = database
@@ -46,10 +48,17 @@ class VmPower:
         self._supervisor = supervisor
         self._jobs = jobs
         self._operations = operations
+        self._pool = pool
 
     async def start(self, key: int | str, order: Order) -> VmInfo | JobInfo:
         """Start a vm that is down, and answer when it runs."""
-        return await self._order("vm_start", await self._get(key), order, self.decide_start)
+        vm = await self._get(key)
+        await self.make_room(vm)
+        return await self._order("vm_start", vm, order, self.decide_start)
+
+    async def make_room(self, vm: VmRecord) -> None:
+        """End spare clones where a vm that is about to start needs their memory."""
+        await self._pool.make_room(vm.mem_size)
 
     async def stop(
         self, key: int | str, order: Order, *, force: bool, timeout_seconds: float

@@ -13,19 +13,21 @@ import msgspec
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import VmPaths, vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
-from oscloudd.cloud.warm_files import WarmImage, frozen_disk
+from oscloudd.cloud.warm_files import WarmImage, frozen_disk, make_clone_disk
 from oscloudd.cloud.warm_images import WarmImages
+from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
-from oscloudd.host.images import copy_overlay, create_overlay, durable
+from oscloudd.host.images import create_overlay, durable
 from oscloudd.host.processes import find_processes_in, open_process
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
@@ -48,6 +50,8 @@ class VmSteps:
         templates: Templates,
         supervisor: Supervisor,
         warm_images: WarmImages,
+        pool: WarmPool,
+        slots: StartSlots,
         events: Events,
     ) -> None:
         self._config = config
@@ -55,15 +59,17 @@ class VmSteps:
         self._templates = templates
         self._supervisor = supervisor
         self._warm_images = warm_images
+        self._pool = pool
+        self._slots = slots
         self._events = events
-        # Making disks and starting qemus is what loads the host; more of it wait for their turn.
-        self._slots = asyncio.Semaphore(config.limits.max_parallel_starts)
 
     # Making and starting
 
     async def disk(self, job: Job) -> None:
-        """Make the vm's disk, an overlay on its template."""
+        """Make the vm's disk, an overlay on its template; a spare brings its own."""
         vm = await self._get(job)
+        if self._pool.find_claimed(job.params.get("spare")) is not None:
+            return
         async with self._slots:
             began = time.monotonic()
             await self._make_disk(vm, self._warm_image_of(job, vm))
@@ -91,14 +97,16 @@ class VmSteps:
         # Its last qemu's end may still be being written down, and its directory removed.
         await self._supervisor.released(vm.id)
         await self.end_stray(vm)
+        if await self._take_spare(job, vm):
+            return
         async with self._slots:
             warm = self._warm_image_of(job, vm)
+            if _lacks_disk(job, vm, warm):
+                await self._make_disk(vm, warm)
             if warm is not None:
                 await self._spawn_warm(job, vm, warm)
-                return
-            if _is_to_begin_warm(job, vm):
-                await self._make_disk(vm)  # its warm image was there, and is not any more
-            await self._supervisor.spawn(vm, job.timings)
+            else:
+                await self._supervisor.spawn(vm, job.timings)
 
     async def running(self, job: Job) -> None:
         """Let the guest run."""
@@ -108,7 +116,8 @@ class VmSteps:
             vm = await self._get(job)
         await self._supervisor.let_run(vm)
         if vm.started == "warm" and not vm.identified:
-            await self._see_told(job, vm)
+            with self._slots.without_turn():
+                await self._see_told(job, vm)
 
     async def booting(self, job: Job) -> None:
         """Wait until the guest has its identity and can be logged into."""
@@ -158,6 +167,7 @@ class VmSteps:
 
     async def undo_create(self, job: Job, error: BaseException) -> None:
         """Remove a vm that could not be made, unless its creator was told that there is one."""
+        await self._pool.end_claimed(job.params.get("spare"))
         vm = await self._states.find(job.vm_id)
         if vm is None or vm.wanted_state == WantedState.STOPPED:
             return  # its user has stopped it meanwhile, and that stands
@@ -220,11 +230,25 @@ class VmSteps:
             return None
         return self._warm_images.get(vm.warm_image)
 
+    async def _take_spare(self, job: Job, vm: VmRecord) -> bool:
+        """Make the spare that was claimed for a vm its qemu; False where it has none that works."""
+        spare = self._pool.find_claimed(job.params.get("spare"))
+        if spare is None:
+            return False
+        try:
+            with self._slots.without_turn():
+                await self._supervisor.take(vm, spare, job.timings)
+        except CloudError as error:
+            await self._pool.end_claimed(spare.uuid)
+            message = f"its spare clone can't be used, and another is restored: {error.message}"
+            _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
+            await self._events.warn(vm.name, message, vm_id=vm.id)
+            return False
+        self._pool.taken(spare)
+        return True
+
     async def _spawn_warm(self, job: Job, vm: VmRecord, warm: WarmImage) -> None:
         try:
-            if job.is_resumed:
-                # What a clone that ran has written does not go with the memory it began with.
-                await self._make_disk(vm, warm)
             start = await self._warm_images.open(warm)
             await self._supervisor.spawn(vm, job.timings, start)
         except HostError as error:
@@ -263,8 +287,8 @@ class VmSteps:
         paths = self._paths(vm)
         for directory in (paths.disk_directory, paths.qemu_log.parent):
             directory.mkdir(parents=True, exist_ok=True)
-        if warm is not None and warm.blank_overlay.exists():
-            await asyncio.to_thread(copy_overlay, paths.disk, warm.blank_overlay)
+        if warm is not None:
+            await make_clone_disk(paths.disk, warm)
             return
         base, base_format = template.image, template.declaration.image.format
         if vm.warm_image is not None:
@@ -341,6 +365,15 @@ class VmSteps:
 
 def _is_to_begin_warm(job: Job, vm: VmRecord) -> bool:
     return job.kind == "vm_create" and vm.warm_image is not None and not vm.identified
+
+
+def _lacks_disk(job: Job, vm: VmRecord, warm: WarmImage | None) -> bool:
+    """Tell whether a vm made to begin warm has no disk yet, or none for what it begins with now.
+
+    What a clone that ran has written does not go with the memory it began with.
+    """
+    is_other = warm is None or job.is_resumed or "spare" in job.params
+    return is_other and _is_to_begin_warm(job, vm)
 
 
 def _forget(vm_id: int) -> None:

@@ -5,8 +5,10 @@ Its key says what a machine must have in common with it; its name is never given
 of vms stand on its frozen disk.
 """
 
+import asyncio
 import hashlib
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,13 @@ import msgspec
 
 from oscloudd.config import Config
 from oscloudd.errors import HostError
-from oscloudd.host.images import durable
+from oscloudd.host.images import (
+    copy_overlay,
+    create_overlay,
+    durable,
+    publish,
+    virtual_size_bytes,
+)
 
 MANIFEST = "warm.json"
 MEMORY, STATE, DISK = "memory", "state", "disk.qcow2"
@@ -103,6 +111,21 @@ class WarmStart:
 
     memory: Path
     state: bytes
+
+
+async def make_clone_disk(path: Path, image: WarmImage) -> None:
+    """Make a clone's disk, as large as the frozen one; raises HostError, and leaves no half."""
+    if not image.blank_overlay.exists():
+        await make_blank_overlay(image)
+    await asyncio.to_thread(copy_overlay, path, image.blank_overlay)
+
+
+async def make_blank_overlay(image: WarmImage) -> None:
+    """Make what the disks of an image's clones are copies of."""
+    size_bytes = virtual_size_bytes(image.disk, "qcow2")
+    part = image.blank_overlay.with_suffix(f".{secrets.token_hex(4)}.part")
+    await create_overlay(part, image.disk, "qcow2", size_bytes)
+    await asyncio.to_thread(publish, part, image.blank_overlay)
 
 
 def read_warm(directory: Path) -> WarmImage | None:

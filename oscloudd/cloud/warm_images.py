@@ -11,7 +11,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from oscloudd.cloud.warm_files import (
     Manifest,
     WarmImage,
     WarmStart,
+    make_blank_overlay,
     read_warm,
     seal,
     warm_directory,
@@ -34,7 +36,6 @@ from oscloudd.cloud.warm_files import (
 from oscloudd.cloud.warm_making import Shape, WarmMaker
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, InvalidArgumentError
-from oscloudd.host.images import create_overlay, virtual_size_bytes
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -58,10 +59,15 @@ class WarmInfo(msgspec.Struct, frozen=True):
     made_at: float
     last_used: float
     used_by: int
+    spares: int
 
 
 class WarmImages:
-    """All warm images; one is made at a time."""
+    """All warm images; one is made at a time.
+
+    `on_made` is called when one has been made; `stood_on` names those that spares stand on, and
+    that stay for it.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,8 @@ class WarmImages:
         self._memories: dict[str, int] = {}
         self._loading = asyncio.Lock()
         self._begun: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+        self.on_made: Callable[[], None] = lambda: None
+        self.stood_on: Callable[[], set[str]] = set
 
     async def remove_leftovers(self) -> None:
         """End and remove what an earlier daemon had not finished making."""
@@ -128,6 +136,16 @@ class WarmImages:
         found = [image for image in self._all() if image.manifest.key == key]
         return max(found, key=lambda image: image.manifest.made_at, default=None)
 
+    async def find_last_used(self) -> WarmImage | None:
+        """Give the image a vm was last made from, of those that one can still begin with."""
+        for image in sorted(self._all(), key=lambda image: image.last_used, reverse=True):
+            made = image.manifest
+            with suppress(CloudError):  # its template is gone
+                shape = Shape(self._templates.get_ready(made.template), made.mem_size, made.cpus)
+                if (found := await self.find(shape)) is not None and found.name == image.name:
+                    return image
+        return None
+
     async def warm(self, name: str, mem_size: int, cpus: int, order: Order) -> JobInfo:
         """Make a warm image of a template for a shape, unless there is one."""
         shape = Shape(self._templates.get_ready(name), mem_size, cpus)
@@ -147,11 +165,11 @@ class WarmImages:
             self._begun[shape] = task
             task.add_done_callback(lambda _done: self._begun.pop(shape, None))
 
-    async def list_of(self, template: str) -> list[WarmInfo]:
-        """Describe the warm images of a template."""
+    async def list_of(self, template: str, spares: Counter[str]) -> list[WarmInfo]:
+        """Describe the warm images of a template; `spares` counts those ready, by image."""
         used = await self._database.run(_count_uses)
         return [
-            self._describe(image, used.get(image.name, 0))
+            self._describe(image, used.get(image.name, 0), spares[image.name])
             for image in self._all()
             if image.manifest.template == template
         ]
@@ -160,7 +178,7 @@ class WarmImages:
         """Remove what is broken, too old or too much; nothing that a vm's disk stands on."""
         used = await self._database.run(_count_uses)
         whole = sorted(self._all(), key=lambda image: image.last_used, reverse=True)
-        kept, total = set(used), 0
+        kept, total = {*used, *self.stood_on()}, 0
         oldest = time.time() - self._config.warm.max_age_days * 86400
         for image in whole:
             total += image.disk_usage_bytes()
@@ -213,8 +231,8 @@ class WarmImages:
             await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
         image = self.get(name)
         assert image is not None
-        size_bytes = virtual_size_bytes(image.disk, "qcow2")
-        await create_overlay(image.blank_overlay, image.disk, "qcow2", size_bytes)
+        await make_blank_overlay(image)
+        self.on_made()
         return image
 
     async def _key(self, shape: Shape) -> str:
@@ -237,7 +255,7 @@ class WarmImages:
             if image is not None:
                 yield image
 
-    def _describe(self, image: WarmImage, used_by: int) -> WarmInfo:
+    def _describe(self, image: WarmImage, used_by: int, spares: int) -> WarmInfo:
         return WarmInfo(
             name=image.name,
             mem_size=image.manifest.mem_size,
@@ -246,6 +264,7 @@ class WarmImages:
             made_at=image.manifest.made_at,
             last_used=image.last_used,
             used_by=used_by,
+            spares=spares,
         )
 
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,10 @@ from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.warm_files import DISK, MEMORY, STATE
 from oscloudd.config import Config
-from oscloudd.errors import CloudError
 from oscloudd.guest.dialogue import postpone_identity
 from oscloudd.host.images import create_overlay, virtual_size_bytes
 from oscloudd.host.network.taps import open_tap
-from oscloudd.host.processes import find_processes_below, open_process
-from oscloudd.host.sessions import end_session
+from oscloudd.host.sessions import end_sessions_below
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.arguments import MachineSpec
 from oscloudd.machine.launch import MachineFiles, launch
@@ -81,9 +79,7 @@ class WarmMaker:
 
     async def remove_leftovers(self) -> None:
         """End what an earlier daemon was making."""
-        for process in await asyncio.to_thread(find_processes_below, self._run_directory):
-            with suppress(CloudError):
-                await end_session(open_process(process.identity))
+        await end_sessions_below(self._run_directory)
         await asyncio.to_thread(shutil.rmtree, self._run_directory, ignore_errors=True)
 
     async def make(self, shape: Shape, spec: MachineSpec, making: Path, job: Job) -> Made:

@@ -3,12 +3,15 @@
 import asyncio
 import logging
 import signal
+from contextlib import suppress
+from pathlib import Path
 
-from oscloudd.errors import NotFoundError, OperationTimeoutError
+from oscloudd.errors import CloudError, NotFoundError, OperationTimeoutError
 from oscloudd.host.processes import (
     ProcessHandle,
     ProcessIdentity,
     find_process,
+    find_processes_below,
     open_process,
     session_pids,
 )
@@ -32,6 +35,16 @@ async def end_session(leader: ProcessHandle) -> None:
         _log.warning("processes of session %d don't die", leader.identity.pid)
     finally:
         leader.close()
+
+
+async def end_sessions_below(directory: Path) -> None:
+    """End the sessions of what works in one of the directories in `directory`, or deeper.
+
+    One that can't be ended is told of in the log.
+    """
+    for found in await asyncio.to_thread(find_processes_below, directory):
+        with suppress(CloudError):
+            await end_session(open_process(found.identity))
 
 
 async def _kill_followers(session_id: int) -> None:

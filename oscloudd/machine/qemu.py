@@ -105,6 +105,16 @@ class Qemu:
         duplicate.settimeout(None)
         return duplicate
 
+    def hand_over(self, path: Path, *, log: Path, on_event: OnEvent) -> None:
+        """Belong to somebody else: the run directory and the log have moved there already.
+
+        The process works on in its directory, and its sockets in it stay bound: both follow the
+        directory itself, not its name.
+        """
+        self._directory = RunDirectory(path)
+        self._log = log
+        self._on_event = on_event
+
     def read_log(self) -> str:
         """Give the last lines that this qemu, or one before it, has printed; "" when unknown."""
         return "" if self._log is None else read_last_lines(self._log)

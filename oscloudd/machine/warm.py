@@ -8,12 +8,14 @@ import asyncio
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from oscloudd.errors import HostError, OperationTimeoutError
+from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
+from oscloudd.machine.monitor import ANSWER_SECONDS
 from oscloudd.machine.qemu import Heard, Qemu
 
 SAVE_SECONDS = 60.0
@@ -51,9 +53,35 @@ async def restore(qemu: Qemu, state_fd: int, *, timeout_seconds: float = RESTORE
     await _migrate(qemu, "migrate-incoming", state_fd, quiet, timeout_seconds)
 
 
-async def resize_disk(qemu: Qemu, size_bytes: int) -> None:
-    """Tell qemu and the guest that the disk has `size_bytes`, after `restore`."""
-    await qemu.monitor.execute("block_resize", {"node-name": "disk", "size": size_bytes})
+async def restore_or_end(qemu: Qemu, state: bytes, disk_bytes: int | None = None) -> None:
+    """Give an incoming machine a saved state, and its disk a size if it is to have another one.
+
+    Raises HostError when that fails; qemu has been ended and let go of then.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(state)
+            file.seek(0)
+            await restore(qemu, file.fileno())
+        if disk_bytes is not None:
+            await resize_disk(qemu, disk_bytes)
+    except BaseException as error:
+        await qemu.stop(force=True)
+        await qemu.close()
+        if isinstance(error, CloudError | OSError):
+            raise HostError(f"the warm image can't be restored: {error}") from error
+        raise
+
+
+async def resize_disk(
+    qemu: Qemu, size_bytes: int, *, timeout_seconds: float = ANSWER_SECONDS
+) -> None:
+    """Tell qemu and the guest that the disk has `size_bytes`, after `restore`.
+
+    A disk that is smaller is made larger. Raises HostError or OperationTimeoutError.
+    """
+    size = {"node-name": "disk", "size": size_bytes}
+    await qemu.monitor.execute("block_resize", size, timeout_seconds=timeout_seconds)
 
 
 def recipe_key(

@@ -49,6 +49,11 @@ def open_tap(name: str, bridge: str | None) -> int:
     return tap_fd
 
 
+def join_tap(name: str, bridge: str) -> None:
+    """Make a tap that is there a port of `bridge`; raises NotFoundError or HostError."""
+    _connect(name, bridge)
+
+
 def _open_device() -> int:
     try:
         return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -86,4 +91,5 @@ def _connect(name: str, bridge: str | None) -> None:
             if error.errno == errno.EXFULL:
                 # 1023 ports: linux/if_bridge.h BR_MAX_PORTS.
                 raise HostError(f"bridge {bridge} has no port left for tap {name}") from error
-            raise HostError(f"tap {name} can't join bridge {bridge}: {error.strerror}") from error
+            why = error.strerror or error
+            raise HostError(f"tap {name} can't join bridge {bridge}: {why}") from error
