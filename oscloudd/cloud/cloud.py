@@ -142,6 +142,7 @@ class Cloud:
 
     def start(self) -> None:
         """Take hold of what runs and keep house, in the background."""
+        self.creator.prepare()
         for work in (
             self._reconciler.run(),
             self._keep_warm(),

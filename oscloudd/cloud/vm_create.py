@@ -101,6 +101,10 @@ class VmCreator:
         self._pool = pool
         self._keys = HostKeys(config.keys_path)
 
+    def prepare(self) -> None:
+        """Have at hand what the first vm needs."""
+        self._keys.prepare()
+
     async def close(self) -> None:
         """Make no keys any more."""
         await self._keys.close()

@@ -22,6 +22,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import warm
 from daemon import Daemon, say
 from machine import Figure
 
@@ -61,43 +62,66 @@ class Ours:
 
 
 def measure(image: str, runs: int) -> tuple[dict[str, str], list[Figure]]:
-    """Boot both kinds in turn; give facts for the head of the table, and its lines."""
+    """Make vms of all kinds in turn; give facts for the head of the table, and its lines."""
     daemon = Daemon("boot")
     daemon.prepare()
     daemon.take_template(image)
     bare_seconds: list[float] = []
     ours: list[Ours] = []
+    clones: list[warm.Created] = []
+    pooled: list[warm.Created] = []
     with daemon.running() as client:
         if client.call("template_info", {"template": image})["state"] != "READY":
             say(f"Building the template {image}")
             client.call("template_build", {"template": image}, timeout_seconds=3600)
         info = client.call("daemon_info")
         bare = prepare_bare(daemon, client, image)
-        for number in range(runs):
+        say("Making a warm image")
+        image_seconds = warm.make_image(client, image)
+    for number in range(runs):
+        daemon.configure()
+        with daemon.running() as client:
             bare_seconds.append(boot_bare(bare, daemon.directory))
             ours.append(boot_ours(client, image, _address_of(bare, 100 + number)))
-            say(
-                f"  {number + 1}: bare {bare_seconds[-1]:.2f} s, new {ours[-1].banner:.2f} s,"
-                f" again {ours[-1].banner_again:.2f} s"
-            )
+            clones.append(warm.create_and_delete(client, image))
+        # The same state with another configuration: the pool must have no part in the figure above.
+        daemon.configure(pool=1)
+        with daemon.running() as client:
+            warm.wait_for_spare(client, image)
+            pooled.append(warm.create_and_delete(client, image))
+        say(
+            f"  {number + 1}: bare {bare_seconds[-1]:.2f} s, new {ours[-1].banner:.2f} s,"
+            f" again {ours[-1].banner_again:.2f} s, warm {clones[-1].total:.2f} s,"
+            f" from the pool {pooled[-1].total:.2f} s"
+        )
+    say(f"Making {warm.MANY} at once")
+    daemon.configure()
+    single = statistics.median(clone.total for clone in clones)
+    with daemon.running():
+        many = warm.describe_many(daemon, *warm.create_many(daemon, image), single)
     facts = {"qemu": str(info["qemu_version"]), "accelerator": str(info["accelerator"])}
     banners, again = [boot.banner for boot in ours], [boot.banner_again for boot in ours]
     return facts, [
         _seconds(f"{image}: bare qemu to ssh banner", bare_seconds),
-        _seconds(f"{image}: vm_create to ssh banner", banners),
+        _seconds(f"{image}: cold vm_create to ssh banner", banners),
         *(
             _seconds(f"    of these until stage {stage!r}", [boot.stages[stage] for boot in ours])
             for stage in ours[0].stages
         ),
         _seconds(f"{image}: vm_start of it again to ssh banner", again),
-        _ratio(f"{image}: vm_create / bare, medians", banners, bare_seconds),
+        _ratio(f"{image}: cold vm_create / bare, medians", banners, bare_seconds),
         _ratio(f"{image}: vm_start / bare, medians", again, bare_seconds),
+        Figure("making a warm image", f"{image_seconds:.1f} s"),
+        *warm.describe_one_by_one(clones, pooled, statistics.median(bare_seconds)),
+        *many,
     ]
 
 
 def prepare_bare(daemon: Daemon, client: Client, image: str) -> Bare:
     """Let a vm take its identity in, and keep its disk."""
-    vm = client.call("vm_create", {"name": "model", "image": image}, timeout_seconds=_BOOT_SECONDS)
+    vm = client.call(
+        "vm_create", {"name": "model", "image": image, "warm": "off"}, timeout_seconds=_BOOT_SECONDS
+    )
     client.call("vm_stop", {"vm": vm["id"], "timeout": 60}, timeout_seconds=90)
     disk = daemon.directory / "model.qcow2"
     shutil.copyfile(daemon.state / f"disks/{vm['disk']}/disk.qcow2", disk)
@@ -180,7 +204,7 @@ def boot_ours(client: Client, image: str, address: str) -> Ours:
 
     begin = time.monotonic()
     with _banner_of(address) as seen:
-        params = {"name": "ours", "image": image, "ip": address}
+        params = {"name": "ours", "image": image, "ip": address, "warm": "off"}
         vm = client.call("vm_create", params, on_progress=note, timeout_seconds=_BOOT_SECONDS)
     banner = seen[0] - begin
     client.call("vm_stop", {"vm": vm["id"], "timeout": 60}, timeout_seconds=90)

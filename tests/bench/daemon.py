@@ -40,12 +40,16 @@ class Daemon:
 
     def prepare(self) -> None:
         """Forget what an earlier run left, but for its templates."""
-        for name in ("state/disks", "run", "log"):
+        for name in ("state/disks", "state/warm", "run", "log"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         for path in self.state.glob("oscloud.db*"):
             path.unlink()
         self.state.mkdir(parents=True, exist_ok=True)
         (self.directory / "log").mkdir()
+        self.configure()
+
+    def configure(self, *, pool: int = 0) -> None:
+        """Write its configuration; `pool` clones are to stand ready."""
         values = {
             "state_dir": self.state,
             "runtime_dir": self.directory / "run",
@@ -55,6 +59,7 @@ class Daemon:
         # A JSON string of a path is a TOML string too.
         lines = [f"{key} = {json.dumps(str(path))}" for key, path in values.items()]
         lines.append(f"template_dirs = [{json.dumps(str(ROOT / 'templates'))}]")
+        lines += ["[warm]", f"pool = {pool}"]
         (self.directory / "oscloud.toml").write_text("\n".join(lines) + "\n")
 
     def take_template(self, image: str) -> None:
