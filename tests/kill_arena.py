@@ -86,12 +86,12 @@ class RealBox(ZygoteBox):
 
 def tiny_template() -> Path:
     """Give the built template `tiny`; builds it if nobody has."""
-    from guest_cloud import _kept_path, open_cloud
+    from guest_cloud import kept_template, open_cloud
 
-    if not _kept_path("tiny").exists():
+    if not kept_template("tiny").exists():
         with open_cloud("tiny"):
             pass
-    return _kept_path("tiny")
+    return kept_template("tiny")
 
 
 @contextlib.contextmanager
