@@ -28,10 +28,11 @@ class Death:
 
     `at` a step: the step `number` of an operation of this `kind`, `before` it is written down that
     it is done, or `after`. `at` a transaction: the one that is begun as `number`, counted from 1
-    from the arming, `before` its commit or `after`. `at` a process: likewise, at its start.
+    from the arming, `before` its commit or `after`. `at` a process: likewise, at its start. `at` a
+    renaming: likewise, of a file or directory.
     """
 
-    at: Literal["step", "transaction", "process"]
+    at: Literal["step", "transaction", "process", "renaming"]
     number: int
     when: Literal["before", "after"]
     kind: str = ""
@@ -101,6 +102,7 @@ def install(hook: Hook) -> None:
     _hook_transactions(hook)
     _hook_processes(hook)
     _hook_steps(hook)
+    _hook_renamings(hook)
     signal.signal(signal.SIGUSR1, hook.read)
     if hook.path.exists():
         hook.read()
@@ -145,6 +147,21 @@ def _hook_processes(hook: Hook) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("oscloudd.") and getattr(module, "start_process", None) is start:
             module.start_process = dying_start
+
+
+def _hook_renamings(hook: Hook) -> None:
+    for name in ("rename", "replace"):
+        do = getattr(Path, name)
+
+        @functools.wraps(do)
+        def dying_do(self: Path, target: Any, do: Any = do) -> Any:
+            number = hook.count("renaming")
+            hook.reach("renaming", "before", number)
+            result = do(self, target)
+            hook.reach("renaming", "after", number)
+            return result
+
+        setattr(Path, name, dying_do)
 
 
 def _hook_steps(hook: Hook) -> None:
