@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from daemon_process import Box, Line, RpcError
+from fake_qemu import TORN
 
 SETTLE_SECONDS = 20.0
 
@@ -58,7 +59,8 @@ def seen_traces(box: Box) -> dict[str, Any]:
 def check_accounted(box: Box) -> None:
     """Assert that everything on the host belongs to a vm of the list, and that nothing is missing.
 
-    What ends a moment after the answer about it gets that moment.
+    What ends a moment after the answer about it gets that moment. No guest may have found that its
+    memory and its disk are of two machines.
     """
     end = time.monotonic() + 10
     while (seen := seen_traces(box)) != (expected := expected_traces(box)):
@@ -71,6 +73,8 @@ def check_accounted(box: Box) -> None:
             }
             raise AssertionError(f"{wrong}\n{tail(box)}")
         time.sleep(0.01)
+    torn = [path.name for path in box.root.glob("log/*.console.log") if TORN in path.read_text()]
+    assert not torn, (torn, tail(box))
 
 
 def is_settled(box: Box) -> bool:

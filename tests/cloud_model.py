@@ -231,7 +231,7 @@ class CloudMachine(RuleBasedStateMachine):
         """Turn what was drawn into something that can be asked for now."""
         free = [name for name in self.arena.names if name not in self.model]
         if not self.model or (verb == "create" and free):
-            return self.plan_creation(free[pick % len(free)])
+            return self.plan_creation(free[pick % len(free)], "auto" if pick % 2 else "off")
         if verb == "create" or (verb == "rename" and not free):
             verb = "delete"
         name = self.pick(pick)
@@ -239,12 +239,12 @@ class CloudMachine(RuleBasedStateMachine):
         self.story.append(f"  {act.method} {act.params} of {self.model[name]}")
         return act
 
-    def plan_creation(self, name: str) -> Act:
+    def plan_creation(self, name: str, warm: str) -> Act:
         taken = set(self.addresses.values())
         every = [self.arena.address(each) for each in self.arena.names]
         address = next(each for each in every if each not in taken)
-        self.story.append(f"  create {name} at {address}")
-        params = {"name": name, "ip": address, **self.arena.creation}
+        self.story.append(f"  create {name} at {address}, warm: {warm}")
+        params = {"name": name, "ip": address, "warm": warm, **self.arena.creation}
         return Act("vm_create", params, name, Outcome(name, "RUNNING", "RUNNING", "new"))
 
     def ask(self, act: Act) -> Question:

@@ -294,13 +294,13 @@ class Box:
         # The job of a vm that was deleted ends a moment after the answer to that.
         ended = "SELECT 1 FROM job WHERE state = 'RUNNING' AND vm_id NOT IN (SELECT id FROM vm)"
         self.until(lambda: not self.rows(ended), "the end of jobs without a vm")
-        links = json.loads(self._ip("-json", "link"))
+        names = [link["ifname"] for link in json.loads(self._ip("-json", "link"))]
         neighbours = json.loads(self._ip("-json", "neighbour", "show", "nud", "permanent") or "[]")
         found: dict[str, Any] = {
             "vm rows": self.rows("SELECT id, name FROM vm"),
             "disk rows": self.rows("SELECT id, name FROM disk"),
             "unfinished jobs": self.rows("SELECT id, kind FROM job WHERE state = 'RUNNING'"),
-            "taps": sorted(link["ifname"] for link in links if "tap" in link["ifname"]),
+            "taps": sorted(name for name in names if "tap" in name or "oscwarm" in name),
             "addresses": sorted(neighbour["dst"] for neighbour in neighbours),
             "ports": sorted(self._listeners()),
             "processes": sorted(self.qemus()),
@@ -310,6 +310,8 @@ class Box:
             ("disks", "state/disks/*"),
             ("logs", "log/*"),
             ("temporary files", "tmp/*"),
+            ("warm images being made", "state/warm/.*"),
+            ("their run directories", "run/warm/*"),
         ):
             found[name] = sorted(
                 str(path.relative_to(self.root)) for path in self.root.glob(pattern)

@@ -41,8 +41,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Behind the end of the disk image, where qcow2 does not look: this guest has its identity.
+# Behind the end of the disk image, where qcow2 does not look: this guest has its identity, or has
+# run since it was restored, and what it has written does not go with the saved memory any more.
 MARK = b"fake guest has its identity"
+RAN = b"fake guest ran when resumed"
+# What a guest prints whose memory and disk are of two machines.
+TORN = "EXT4-fs error: the disk is not the one that this memory knows"
 
 VERSION = "QEMU emulator version 7.2.22 (fake)"
 
@@ -327,6 +331,8 @@ class FakeQemu:
             self.migrated("failed")
             sys.exit("qemu-system-x86_64: load of migration failed: Invalid argument")
         self.booted, self.is_warm = state["booted"], state["warm"]
+        if self.read_mark() in (MARK, RAN):
+            self.print(f"{TORN}\n")
         self.status = "paused"
         self.migrated("completed")
 
@@ -340,6 +346,8 @@ class FakeQemu:
     # The guest
 
     def boot(self) -> None:
+        if "-incoming" in self.arguments and self.read_mark() != MARK:
+            self.write_mark(RAN)
         if self.booted or self.fault == "identity_silent":
             return
         self.booted = True
@@ -348,15 +356,19 @@ class FakeQemu:
         if self.fault == "shutdown_after_cont":
             self.end("guest-shutdown")
         self.print("Linux version 0.0-fake\n")
-        if self.has_identity():
+        if self.read_mark() == MARK:
             self.login()
         else:
             self.identity_lines = []
             self.print("oscloud-identity: ready\n")
 
-    def has_identity(self) -> bool:
+    def read_mark(self) -> bytes:
         size = os.fstat(self.disk()).st_size
-        return os.pread(self.disk(), 64, max(0, size - len(MARK))) == MARK
+        return os.pread(self.disk(), len(MARK), max(0, size - len(MARK)))
+
+    def write_mark(self, mark: bytes) -> None:
+        marked_bytes = len(MARK) if self.read_mark() in (MARK, RAN) else 0
+        os.pwrite(self.disk(), mark, os.fstat(self.disk()).st_size - marked_bytes)
 
     def login(self) -> None:
         if self.fault == "chatty":
@@ -393,12 +405,9 @@ class FakeQemu:
         if self.fault == "identity_fails":
             self.print("oscloud-identity: failed: no space left\n")
             return
-        self.keep_identity()
+        self.write_mark(MARK)
         self.print("oscloud-identity: applied\n")
         self.login()
-
-    def keep_identity(self) -> None:
-        os.pwrite(self.disk(), MARK, os.fstat(self.disk()).st_size)
 
     def read_channel(self, data: bytes) -> None:
         """Take a clone's document: a word, its lines, and the word again."""
@@ -412,7 +421,7 @@ class FakeQemu:
             return
         self.channel.send(b"oscloud-identity: applied\n")
         self.login()
-        self.keep_identity()
+        self.write_mark(MARK)
         self.channel.send(b"oscloud-identity: kept\n")
 
 

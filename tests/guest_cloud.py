@@ -258,7 +258,7 @@ def open_cloud(
 
 
 def _take_kept(cloud: GuestCloud, template: str) -> None:
-    kept = _kept_path(template)
+    kept = kept_template(template)
     if kept.exists():
         shutil.copytree(kept, cloud.root / "state/templates" / template)
 
@@ -267,14 +267,15 @@ def _ensure_template(cloud: GuestCloud, template: str) -> None:
     if cloud.call("template_info", template=template)["state"] == "READY":
         return
     cloud.build(template)
-    kept = _kept_path(template)
+    kept = kept_template(template)
     for stale in KEPT_TEMPLATES.glob(f"{template}-*"):
         shutil.rmtree(stale)
     shutil.copytree(cloud.root / "state/templates" / template, f"{kept}.part")
     Path(f"{kept}.part").rename(kept)
 
 
-def _kept_path(template: str) -> Path:
+def kept_template(template: str) -> Path:
+    """Give the directory where a built template is kept; another one when its sources change."""
     digest = hashlib.sha256()
     shared = [path for path in (ROOT / "templates").iterdir() if path.is_file()]
     for path in sorted([*shared, *(ROOT / "templates" / template).rglob("*")]):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud_model import CloudMachine
+from daemon_process import IMAGE
 from daemon_zygote import ZygoteBox
 from fake_qemu import install_fake_qemu
 from hypothesis import HealthCheck, Phase, settings
@@ -27,8 +28,9 @@ from hypothesis.stateful import run_state_machine_as_test
 class Arena:
     """Where the machine plays: a cloud, made anew when a play in it failed, and the score.
 
-    `addresses` are those of guests that answer as an sshd does; `longest_wait_us` bounds the wait
-    before a kill, `steps` is how many a play has at most.
+    The cloud has a warm image, which every other vm begins with. `addresses` are those of guests
+    that answer as an sshd does; `longest_wait_us` bounds the wait before a kill, `steps` is how
+    many a play has at most.
     """
 
     open_box: Callable[[], ZygoteBox]
@@ -56,6 +58,8 @@ class Arena:
             self.box = self.open_box()
             self._is_open = True
             self.box.start()
+            image, mem_size = self.creation.get("image", IMAGE), self.creation["mem_size"]
+            self.box.call("template_warm", template=image, mem_size=mem_size)
             if "image" not in self.creation:
                 for name in self.names:
                     self._stack.enter_context(self.box.sshd_at(self.address(name)))
@@ -86,12 +90,12 @@ class RealBox(ZygoteBox):
 
 def tiny_template() -> Path:
     """Give the built template `tiny`; builds it if nobody has."""
-    from guest_cloud import _kept_path, open_cloud
+    from guest_cloud import kept_template, open_cloud
 
-    if not _kept_path("tiny").exists():
+    if not kept_template("tiny").exists():
         with open_cloud("tiny"):
             pass
-    return _kept_path("tiny")
+    return kept_template("tiny")
 
 
 @contextlib.contextmanager

@@ -10,15 +10,19 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 import tomllib
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
-from guest_cloud import ROOT, _kept_path
+from guest_cloud import ROOT, kept_template
 
+from oscloudd.guest import identity
 from oscloudd.guest.dialogue import postpone_identity, tell_clone
 from oscloudd.guest.identity import GuestIdentity, build_document, make_machine_id
 from oscloudd.guest.readiness import wait_ssh_banner
@@ -39,6 +43,7 @@ HOST = "192.168.77.1"
 MEMORY_BYTES = 256 << 20
 BOOT_SECONDS = 300.0
 CLONE_SECONDS = 60.0
+DAY_SECONDS = 86400
 PASSWORD = 'it\'s $1 & "so\\on"'
 
 _CLONE_NEWNET = 0x40000000
@@ -74,7 +79,7 @@ def run_in_own_network(work: Callable[[], Awaitable[Any]]) -> Any:
 
 def ensure_built(template: str) -> Path:
     """Give the directory of a template as its build makes it; kept until its sources change."""
-    kept = BUILT / _kept_path(template).name
+    kept = BUILT / kept_template(template).name
     if not kept.exists():
         for stale in BUILT.glob(f"{template}-*"):
             shutil.rmtree(stale)
@@ -130,10 +135,13 @@ class Rig:
         self.running.remove(qemu)
 
     async def save(self) -> None:
-        """Boot the template to where its clones begin, and save it."""
+        """Boot the template to where its clones begin, and save it, its clock a day behind."""
         await create_overlay(self.frozen, self.built / "disk.qcow2", "qcow2", 1 << 30)
         qemu = await self._launch(1, self.frozen, warm_memory=True, shared=True)
-        with qemu.console.attach_socket(with_history=True) as line, qemu.open_channel() as channel:
+        yesterday = SimpleNamespace(time=lambda: time.time() - DAY_SECONDS)
+        line = qemu.console.attach_socket(with_history=True)
+        channel = qemu.open_channel()
+        with line, channel, patch.object(identity, "time", yesterday):
             await qemu.resume()
             await asyncio.to_thread(postpone_identity, line, channel, boot_seconds=BOOT_SECONDS)
         with self.state.open("wb") as state:
