@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from oscloudd.api.server import Server, bind_socket
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.config import Config, load_config
 from oscloudd.errors import CloudError, HostError, UnavailableError
+from oscloudd.host.activation import take_listener
 from oscloudd.host.notify import Notifier
 from oscloudd.store.database import Database
 
@@ -41,7 +43,7 @@ def main() -> None:
     try:
         config = load_config(arguments.config)
         with _Lock(config.runtime_path):
-            asyncio.run(_serve(config, Notifier()))
+            asyncio.run(_serve(config, Notifier(), take_listener()))
     except OSError as error:
         _log.error("oscloudd can't go on, and leaves its vms as they are: %s", error)
         _log.debug("where it happened", exc_info=True)
@@ -102,7 +104,7 @@ class _Lock:
         os.close(self._fd)
 
 
-async def _serve(config: Config, notifier: Notifier) -> None:
+async def _serve(config: Config, notifier: Notifier, passed: socket.socket | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,7 +118,7 @@ async def _serve(config: Config, notifier: Notifier) -> None:
     watchdog = asyncio.create_task(_watchdog(notifier))
     try:
         # Bound first: where that fails, no vm has been touched.
-        listener = bind_socket(config.socket_path, config.socket_group)
+        listener = passed or bind_socket(config.socket_path, config.socket_group)
         await cloud.prepare()
         await server.start(listener)
         cloud.start()
@@ -129,7 +131,8 @@ async def _serve(config: Config, notifier: Notifier) -> None:
         _log.info("stopping; vms run on")
         watchdog.cancel()
         await server.stop()
-        config.socket_path.unlink(missing_ok=True)
+        if passed is None:  # systemd's own stays, and clients wait at it for the next daemon
+            config.socket_path.unlink(missing_ok=True)
         await cloud.stop()
         await database.close()
 

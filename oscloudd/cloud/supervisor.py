@@ -33,6 +33,7 @@ from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundEr
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.processes import find_processes_in
+from oscloudd.host.scopes import VmScope, ensure_scope
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -142,6 +143,7 @@ class Supervisor:
             held.timings["spawn"] = time.monotonic() - began
         finally:
             os.close(tap_fd)
+        await ensure_scope(held.qemu.identity.pid, scope_of(vm))
         if warm is not None:
             await self._restore(vm, held, warm)
         started = "cold" if warm is None else "warm"
@@ -205,6 +207,7 @@ class Supervisor:
             history=history, timeout_seconds=ADOPTION_SECONDS,
         )  # fmt: skip
         self._hold(vm, held)
+        held.spawn(ensure_scope(vm.process.pid, scope_of(vm)))
         held.is_late = True  # the heartbeat sees to what is cut short here
         try:
             await self._see_adopted(vm, held, see=see)
@@ -411,6 +414,11 @@ class Supervisor:
             kernel=template.kernel,
             initrd=template.initrd,
         )
+
+
+def scope_of(vm: VmRecord) -> VmScope:
+    """Give the scope that a vm's qemu is in, where systemd runs."""
+    return VmScope(vm.id, vm.name, vm.mem_size, vm.cpus)
 
 
 def _write_ending(vm_id: int, ending: Ending) -> bool:
