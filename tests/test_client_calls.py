@@ -220,12 +220,12 @@ def test_not_allowed(daemon: StubDaemon) -> None:
     daemon.path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     code = f"""
 import os, socket
-from oscloudctl.client import _explain
+from oscloudctl.unreachable import explain
 try:
     os.setuid(65534)
     socket.socket(socket.AF_UNIX).connect({str(daemon.path)!r})
 except OSError as error:
-    built = _explain(error, {str(daemon.path)!r})
+    built = explain(error, {str(daemon.path)!r})
     os.write(1, f"{{built.message}}|{{built.hint}}".encode())
 """
     done = subprocess.run(
@@ -233,7 +233,7 @@ except OSError as error:
     )
     message, hint = done.stdout.split("|")
     assert message.startswith(f"you may not open {daemon.path}")
-    assert "usermod -aG oscloud" in hint
+    assert "usermod -aG oscloud nobody" in hint
 
 
 def test_a_path_longer_than_a_socket_address_holds(tmp_path: Path) -> None:
