@@ -257,6 +257,14 @@ def open_cloud(
         shutil.rmtree(root)
 
 
+def keep_template(template: str) -> Path:
+    """Give the directory of a template that was made, made first where it is not there yet."""
+    if not _kept_path(template).exists():
+        with open_cloud(template):
+            pass
+    return _kept_path(template)
+
+
 def _take_kept(cloud: GuestCloud, template: str) -> None:
     kept = _kept_path(template)
     if kept.exists():
