@@ -19,6 +19,7 @@ from oscloudd.cloud.cloud import Cloud
 from oscloudd.config import Config, load_config
 from oscloudd.errors import CloudError, HostError, UnavailableError
 from oscloudd.host.activation import take_listener
+from oscloudd.host.journal import choose_formatter
 from oscloudd.host.notify import Notifier
 from oscloudd.store.database import Database
 
@@ -35,10 +36,10 @@ _MAX_DESCRIPTORS = 65536
 def main() -> None:
     """Run the daemon until SIGTERM or SIGINT; exit with the code of the error that stopped it."""
     arguments = _parse_arguments()
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(choose_formatter(sys.stderr.fileno()))
+    level = logging.DEBUG if arguments.debug else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler])
     _raise_descriptor_limit()
     try:
         config = load_config(arguments.config)
