@@ -4,6 +4,7 @@ With a real systemd all of this runs in test_system_package.py.
 """
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,14 @@ import pytest
 from oscloudd.errors import HostError
 from oscloudd.host import activation
 from oscloudd.host.activation import is_service, take_listener
-from oscloudd.host.scopes import VmScope, build_scope_arguments, ensure_scope, is_in_unit
+from oscloudd.host.journal import choose_formatter
+from oscloudd.host.scopes import (
+    VmScope,
+    build_scope_arguments,
+    ensure_scope,
+    find_missing_controllers,
+    is_in_unit,
+)
 from oscloudd.host.transient_services import build_service_arguments, run_apart
 
 SCOPE = VmScope(7, "web", 1 << 30, 2)
@@ -89,6 +97,24 @@ def test_only_what_systemd_itself_started_is_a_service(
     assert not is_service()
 
 
+def test_the_journal_gets_priorities_and_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(level: int, text: str) -> str:
+        record = logging.LogRecord("oscloudd", level, "", 0, text, None, None)
+        return choose_formatter(stream.fileno()).format(record)
+
+    with (tmp_path / "stream").open("w") as stream:
+        assert say(logging.WARNING, "no tap").endswith(" WARNING oscloudd: no tap")
+        status = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        assert say(logging.WARNING, "no tap") == "<4>oscloudd: no tap"
+        assert say(logging.CRITICAL, "a\nb") == "<3>oscloudd: a\n<3>b"
+        assert say(logging.DEBUG, "x") == "<7>oscloudd: x"
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:1")
+        assert not say(logging.INFO, "x").startswith("<")
+
+
 def test_a_scope_has_its_vms_name_and_limits_of_its_size() -> None:
     arguments = build_scope_arguments(4711, SCOPE)
     text = " ".join(arguments)
@@ -124,10 +150,19 @@ def test_a_process_is_found_in_its_unit() -> None:
     assert not is_in_unit(0, "oscloud-vm-7.scope")
 
 
+def test_what_limits_need_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation, "_BOOTED", tmp_path)
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    assert find_missing_controllers(tmp_path) == ["memory", "pids", "cpu"]
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory\n")
+    assert find_missing_controllers(tmp_path) == ["pids"]
+
+
 def test_outside_systemd_there_is_no_scope(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    assert find_missing_controllers() is None
     asyncio.run(ensure_scope(os.getpid(), SCOPE))
     assert caplog.text == ""
 

@@ -147,6 +147,14 @@ def test_a_vm_is_in_a_scope_with_its_name_and_limits(host: Host, web: dict[str, 
     host.run("oscloudctl", "vm-rename", "shop", "web")
 
 
+def test_the_doctor_says_that_limits_do_not_hold_here(host: Host) -> None:
+    doctor = json.loads(host.run("oscloudctl", "daemon-doctor", "--json"))
+    assert doctor["ok"]
+    limits = next(check for check in doctor["checks"] if check["check"] == "limits")
+    assert limits["verdict"] == "warning"
+    assert "set in oscloud.slice, but not enforced" in limits["message"]
+
+
 def test_qemu_may_do_nothing(host: Host, web: dict[str, Any]) -> None:
     status = dict(
         line.split(":\t", 1)
@@ -219,6 +227,14 @@ def test_a_template_is_built_with_rights_the_daemon_has_not(host: Host) -> None:
     assert failed.returncode == 10
     assert "out of luck" in failed.stdout
     shutil.rmtree(directory)
+
+
+def test_a_new_vm_need_not_boot(host: Host) -> None:
+    host.run("oscloudctl", "template-warm", "tiny", "--mem-size", "256M")
+    host.run("oscloudctl", "vm-create", "clone", *SMALL, "--warm", "only")
+    assert host.info("clone")["started"] == "warm"
+    assert host.ssh("clone", "hostname") == "clone"
+    host.run("oscloudctl", "vm-delete", "clone", "--force", "--yes")
 
 
 def restart(host: Host) -> None:

@@ -140,10 +140,10 @@ class Supervisor:
             on_event = self._on_event(held)
             began = time.monotonic()
             held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
+            await ensure_scope(held.qemu.identity.pid, scope_of(vm))
             held.timings["spawn"] = time.monotonic() - began
         finally:
             os.close(tap_fd)
-        await ensure_scope(held.qemu.identity.pid, scope_of(vm))
         if warm is not None:
             await self._restore(vm, held, warm)
         started = "cold" if warm is None else "warm"
