@@ -88,12 +88,21 @@ def _read_sources() -> str:
     return "".join(f"{line}\n" for line in sorted(found))
 
 
+def _remove_stale() -> None:
+    """Remove what tests that were killed have left."""
+    for work in KEPT.glob("container-*"):
+        if not Path("/proc", work.name.split("-")[1]).exists():
+            subprocess.run(["umount", "--lazy", work / "root"], check=False)
+            shutil.rmtree(work)
+
+
 class Container:
     """One boot after another of a tree; `close` ends it and removes what it wrote."""
 
     def __init__(self, tree: Path) -> None:
         # Not in /tmp, where there may be an overlay already, which can't be below another.
-        self._work = Path(tempfile.mkdtemp(prefix="container-", dir=KEPT))
+        _remove_stale()
+        self._work = Path(tempfile.mkdtemp(prefix=f"container-{os.getpid()}-", dir=KEPT))
         self.root = self._work / "root"
         for name in ("upper", "work", "root"):
             (self._work / name).mkdir()
@@ -112,6 +121,8 @@ class Container:
         with (self._work / "console").open("ab") as console:
             self._nspawn = subprocess.Popen(
                 [
+                    # It must not outlive tests that are killed.
+                    "setpriv", "--pdeathsig=TERM",
                     "systemd-nspawn", "--directory", self.root, "--boot", "--register=no",
                     "--keep-unit", f"--machine=osc{os.getpid()}", "--private-network",
                     "--bind=/dev/net/tun", "--capability=CAP_NET_ADMIN", "--notify-ready=yes",

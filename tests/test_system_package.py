@@ -53,6 +53,12 @@ class Host:
         while self.daemon_pid() in (0, pid) or self.attempt("oscloudctl", "vm-list").returncode:
             assert time.monotonic() < deadline, self.run("systemctl", "status", "oscloudd")
 
+    def wait_for_unit(self, unit: str) -> None:
+        """Wait until a unit is active; the daemon asks for it on the side."""
+        deadline = time.monotonic() + WATCHDOG_LIMIT_SECONDS
+        while self.attempt("systemctl", "is-active", unit).returncode:
+            assert time.monotonic() < deadline, self.run("systemctl", "status", "oscloudd")
+
     def install(self) -> str:
         return self.run("apt-get", "install", "--yes", "--reinstall", PACKAGE)
 
@@ -221,8 +227,14 @@ def test_a_template_is_built_with_rights_the_daemon_has_not(host: Host) -> None:
     host.run("oscloudctl", "template-build", "made")
     made = json.loads(host.run("oscloudctl", "template-info", "made", "--json"))
     assert made["state"] == "READY"
-    program.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
     shutil.rmtree(host.container.root / "var/lib/oscloud/templates/made")
+    host.run("oscloudctl", "template-build", "made", "--no-wait")
+    host.wait_for_unit("oscloud-build-made.service")
+    job = json.loads(host.run("oscloudctl", "job-list", "--json"))[0]
+    host.run("oscloudctl", "job-cancel", str(job["id"]))
+    assert host.attempt("systemctl", "is-active", "oscloud-build-made.service").returncode != 0
+    program.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
     failed = host.attempt("oscloudctl", "template-build", "made")
     assert failed.returncode == 10
     assert "out of luck" in failed.stdout
@@ -269,6 +281,21 @@ def test_a_vm_outlives_its_daemon(host: Host, web: dict[str, Any], end: Any) -> 
 def test_the_watchdog_ended_the_one_that_hung(host: Host) -> None:
     journal = host.run("journalctl", "--no-pager", "--unit", "oscloudd.service")
     assert "Watchdog timeout" in journal
+
+
+def test_a_qemu_without_a_scope_lives_on_and_gets_one(host: Host, web: dict[str, Any]) -> None:
+    """As a daemon leaves it that is killed between a qemu's start and its scope's."""
+    unit = f"oscloud-vm-{web['id']}.scope"
+    host.run(
+        "sh", "-c", "find /sys/fs/cgroup -path '*/oscloudd.service/cgroup.procs' |"
+        f" while read -r file; do echo {web['pid']} >$file; done",
+    )  # fmt: skip
+    assert "oscloudd.service" in host.run("cat", f"/proc/{web['pid']}/cgroup")
+    host.run("systemctl", "restart", "oscloudd")
+    host.run("oscloudctl", "vm-wait", "web")
+    assert host.info("web")["pid"] == web["pid"]
+    host.wait_for_unit(unit)
+    assert unit in host.run("cat", f"/proc/{web['pid']}/cgroup")
 
 
 def test_a_reboot_starts_what_ran(host: Host, web: dict[str, Any]) -> None:
