@@ -21,6 +21,9 @@ from oscloudd.store.database import Database
 
 REASON = "stopped with the host"
 
+# qemu's end is written down, and its directory removed.
+_CLEARING_SECONDS = 5.0
+
 
 class LeftRunning(msgspec.Struct, frozen=True):
     """A vm that could not be stopped, and why."""
@@ -71,7 +74,7 @@ class HostShutdown:
             )
             return begun | {"reason": REASON}
 
-        limit_seconds = timeout_seconds + QUIT_SECONDS + KILL_SECONDS
+        limit_seconds = timeout_seconds + QUIT_SECONDS + KILL_SECONDS + _CLEARING_SECONDS
         try:
             async with asyncio.timeout(limit_seconds):
                 begun = await self._operations.begin("vm_stop", vm.id, order, decide)

@@ -10,7 +10,7 @@ _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _JOURNAL = "%(name)s: %(message)s"
 
 # sd-daemon(3): syslog's numbers in angle brackets at a line's beginning.
-_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))
 
 
 class JournalFormatter(logging.Formatter):
