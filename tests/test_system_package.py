@@ -298,6 +298,30 @@ def test_a_qemu_without_a_scope_lives_on_and_gets_one(host: Host, web: dict[str,
     assert unit in host.run("cat", f"/proc/{web['pid']}/cgroup")
 
 
+def test_a_qemu_nobody_wrote_down_is_found(host: Host, web: dict[str, Any]) -> None:
+    """By its working directory, which is another user's to see: hence CAP_SYS_PTRACE."""
+    host.run("systemctl", "stop", "oscloudd.socket", "oscloudd.service")
+    forget = "UPDATE vm SET qemu_pid = NULL, qemu_start_ticks = NULL, qemu_boot_id = NULL"
+    host.run(
+        "python3", "-c", "import sqlite3, sys\n"
+        "with sqlite3.connect('/var/lib/oscloud/oscloud.db') as db: db.execute(sys.argv[1])",
+        forget,
+    )  # fmt: skip
+    host.run("systemctl", "start", "oscloudd")
+    host.run("oscloudctl", "vm-wait", "web")
+    assert host.info("web")["pid"] == web["pid"]
+
+
+def test_a_vm_that_starts_again_has_a_scope_again(host: Host, web: dict[str, Any]) -> None:
+    """Though the last one's may not have gone yet."""
+    unit = f"oscloud-vm-{web['id']}.scope"
+    for _ in range(3):
+        host.run("oscloudctl", "vm-restart", "web", "--force")
+        host.wait_for_unit(unit)
+        assert unit in host.run("cat", f"/proc/{host.info('web')['pid']}/cgroup")
+    host.run("oscloudctl", "vm-wait", "web")
+
+
 def test_a_reboot_starts_what_ran(host: Host, web: dict[str, Any]) -> None:
     host.run("oscloudctl", "vm-set", "web", "--autostart", "last-state")
     for name, autostart in (("always", "yes"), ("never", "no"), ("off", "last-state")):
