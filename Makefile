@@ -49,6 +49,11 @@ lint: ## Check style, format and types
 	.venv/bin/mypy
 	.venv/bin/mypy $(wildcard $(CHECKOUT)/*.py)
 
+.PHONY: deb
+deb: ## Build dist/oscloud_<version>_amd64.deb
+	@$(CHECKOUT)/install --deb
+	@packaging/build-deb
+
 .PHONY: bench
 bench: ## Measure against a bare qemu, side by side
 	@$(CHECKOUT)/install --test

@@ -55,6 +55,7 @@ COMMANDS: dict[str, Entry] = {
     "events": Entry(_JOB, "events", "Print what happens, an event a line, until Ctrl-C."),
     "daemon-info": Entry(_DAEMON, "daemon", "Show the daemon's version, state and settings."),
     "daemon-doctor": Entry(_DAEMON, "daemon", "Check this box and say what to mend."),
+    "daemon-stop-guests": Entry(_DAEMON, "daemon", "Stop all vms, as the host's shutdown does."),
     "completion": Entry(_DAEMON, "completion", "Print the completion script of a shell."),
     "version": Entry(_DAEMON, "version", "Print the version of this program."),
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from oscloudctl.unreachable import DEFAULT_SOCKET, explain
 from oscloudd.errors import (
     ERRORS_BY_KIND,
     CloudError,
@@ -23,8 +24,6 @@ from oscloudd.errors import (
     OperationTimeoutError,
 )
 
-DEFAULT_SOCKET = "/run/oscloud/oscloudd.sock"
-CHECKOUT_SOCKET = ".run/oscloudd.sock"
 CONNECT_TIMEOUT_SECONDS = 5.0
 
 # The longest a call that does no long work may leave us without a line.
@@ -238,7 +237,7 @@ def _connect(path: str) -> socket.socket:
         _connect_path(stream, path)
     except OSError as error:
         stream.close()
-        raise _explain(error, path) from error
+        raise explain(error, path) from error
     return stream
 
 
@@ -251,35 +250,6 @@ def _connect_path(stream: socket.socket, path: str) -> None:
         stream.connect(f"/proc/self/fd/{directory}/{Path(path).name}")
     finally:
         os.close(directory)
-
-
-def _explain(error: OSError, path: str) -> DaemonUnreachableError:
-    start = "start it with: systemctl start oscloudd (and see: journalctl -u oscloudd)"
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        message = f"there is no socket {path}: the daemon is not running, or the path is wrong"
-        return DaemonUnreachableError(message, hint=_checkout_hint(path) or start)
-    if isinstance(error, ConnectionRefusedError):
-        message = f"nobody listens on {path}: the daemon is not running"
-        return DaemonUnreachableError(message, hint=start)
-    if isinstance(error, PermissionError):
-        return DaemonUnreachableError(
-            f"you may not open {path}: it is for root and the group oscloud",
-            hint="join the group, then log in again: sudo usermod -aG oscloud $USER",
-        )
-    if isinstance(error, (TimeoutError, BlockingIOError)):
-        message = f"the daemon on {path} accepts no connection: it is stuck or overloaded"
-        return DaemonUnreachableError(message, hint="see: systemctl status oscloudd")
-    reason = error.strerror or str(error)
-    return DaemonUnreachableError(
-        f"can't connect to {path}: {reason}", hint="name the socket with --socket or OSCLOUD_SOCKET"
-    )
-
-
-def _checkout_hint(path: str) -> str | None:
-    checkout = Path(CHECKOUT_SOCKET).absolute()
-    if str(checkout) == path or not checkout.exists():
-        return None
-    return f"for this checkout's own daemon: export OSCLOUD_SOCKET={checkout}"
 
 
 def _no_answer(method: str, limit: float) -> OperationTimeoutError:

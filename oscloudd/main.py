@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from oscloudd.api.server import Server, bind_socket
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.config import Config, load_config
 from oscloudd.errors import CloudError, HostError, UnavailableError
+from oscloudd.host.activation import take_listener
+from oscloudd.host.journal import choose_formatter
 from oscloudd.host.notify import Notifier
 from oscloudd.store.database import Database
 
@@ -33,15 +36,15 @@ _MAX_DESCRIPTORS = 65536
 def main() -> None:
     """Run the daemon until SIGTERM or SIGINT; exit with the code of the error that stopped it."""
     arguments = _parse_arguments()
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(choose_formatter(sys.stderr.fileno()))
+    level = logging.DEBUG if arguments.debug else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler])
     _raise_descriptor_limit()
     try:
         config = load_config(arguments.config)
         with _Lock(config.runtime_path):
-            asyncio.run(_serve(config, Notifier()))
+            asyncio.run(_serve(config, Notifier(), take_listener()))
     except OSError as error:
         _log.error("oscloudd can't go on, and leaves its vms as they are: %s", error)
         _log.debug("where it happened", exc_info=True)
@@ -102,7 +105,7 @@ class _Lock:
         os.close(self._fd)
 
 
-async def _serve(config: Config, notifier: Notifier) -> None:
+async def _serve(config: Config, notifier: Notifier, passed: socket.socket | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,7 +119,7 @@ async def _serve(config: Config, notifier: Notifier) -> None:
     watchdog = asyncio.create_task(_watchdog(notifier))
     try:
         # Bound first: where that fails, no vm has been touched.
-        listener = bind_socket(config.socket_path, config.socket_group)
+        listener = passed or bind_socket(config.socket_path, config.socket_group)
         await cloud.prepare()
         await server.start(listener)
         cloud.start()
@@ -129,7 +132,8 @@ async def _serve(config: Config, notifier: Notifier) -> None:
         _log.info("stopping; vms run on")
         watchdog.cancel()
         await server.stop()
-        config.socket_path.unlink(missing_ok=True)
+        if passed is None:  # systemd's own stays, and clients wait at it for the next daemon
+            config.socket_path.unlink(missing_ok=True)
         await cloud.stop()
         await database.close()
 

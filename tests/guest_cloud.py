@@ -257,6 +257,14 @@ def open_cloud(
         shutil.rmtree(root)
 
 
+def keep_template(template: str) -> Path:
+    """Give the directory of a template that was made, made first where it is not there yet."""
+    if not kept_template(template).exists():
+        with open_cloud(template):
+            pass
+    return kept_template(template)
+
+
 def _take_kept(cloud: GuestCloud, template: str) -> None:
     kept = kept_template(template)
     if kept.exists():

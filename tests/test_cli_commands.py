@@ -394,6 +394,15 @@ def test_daemon_info(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     assert json.loads(ctl("daemon-info", "--json").stdout) == info
 
 
+def test_daemon_stop_guests(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.answers["daemon_stop_guests"] = {"stopped": ["web", "shop"], "left": []}
+    done = ctl("daemon-stop-guests", "--timeout", "5")
+    assert done.stdout.splitlines() == ["web: STOPPED", "shop: STOPPED"]
+    left = [{"name": "db", "reason": "it was not down after 20 s"}]
+    daemon.answers["daemon_stop_guests"] = {"stopped": ["web"], "left": left}
+    assert "db: it was not down" in ctl("daemon-stop-guests", status=10).stderr
+
+
 def test_daemon_doctor(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     checks = [
         {"check": "qemu", "verdict": "ok", "message": "7.2", "hint": None},

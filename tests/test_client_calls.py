@@ -1,7 +1,9 @@
 """client.py against a socket that behaves well, badly, and not at all."""
 
+import grp
 import json
 import os
+import pwd
 import socket
 import stat
 import subprocess
@@ -12,7 +14,9 @@ from pathlib import Path
 import pytest
 from stub_daemon import HANG_UP, ROOT, VM, Call, Raw, StubDaemon, build_event, no_vm
 
+from oscloudctl import unreachable
 from oscloudctl.client import Client, build_error
+from oscloudctl.unreachable import explain
 from oscloudd.errors import (
     ERRORS_BY_KIND,
     DaemonUnreachableError,
@@ -220,12 +224,12 @@ def test_not_allowed(daemon: StubDaemon) -> None:
     daemon.path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     code = f"""
 import os, socket
-from oscloudctl.client import _explain
+from oscloudctl.unreachable import explain
 try:
     os.setuid(65534)
     socket.socket(socket.AF_UNIX).connect({str(daemon.path)!r})
 except OSError as error:
-    built = _explain(error, {str(daemon.path)!r})
+    built = explain(error, {str(daemon.path)!r})
     os.write(1, f"{{built.message}}|{{built.hint}}".encode())
 """
     done = subprocess.run(
@@ -233,7 +237,25 @@ except OSError as error:
     )
     message, hint = done.stdout.split("|")
     assert message.startswith(f"you may not open {daemon.path}")
-    assert "usermod -aG oscloud" in hint
+    assert "usermod -aG oscloud nobody" in hint
+
+
+def test_another_socket_than_the_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    system = tmp_path / "oscloudd.sock"
+    monkeypatch.setattr(unreachable, "DEFAULT_SOCKET", str(system))
+    monkeypatch.chdir(tmp_path)
+    assert "systemctl start" in str(explain(FileNotFoundError(), "/run/other.sock").hint)
+    system.touch()
+    assert f"the system's is {system}" in str(explain(FileNotFoundError(), "/run/other.sock").hint)
+
+
+def test_a_member_whose_login_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    group = grp.struct_group(("oscloud", "x", 4_000_000, [name]))
+    monkeypatch.setattr(unreachable.grp, "getgrnam", lambda _name: group)
+    hint = str(explain(PermissionError(), "/run/oscloud/oscloudd.sock").hint)
+    assert "log in again, or: newgrp oscloud" in hint
+    assert "usermod" not in hint
 
 
 def test_a_path_longer_than_a_socket_address_holds(tmp_path: Path) -> None:

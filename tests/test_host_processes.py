@@ -15,6 +15,7 @@ from oscloudd.errors import HostError, NotFoundError, OperationTimeoutError
 from oscloudd.host.processes import (
     ExitStatus,
     ProcessHandle,
+    boot_id,
     find_process,
     find_processes_below,
     find_processes_in,
@@ -45,6 +46,13 @@ def test_a_started_process_is_found_by_its_identity(sleeper: ProcessHandle) -> N
 
 def test_it_leads_a_session_of_its_own(sleeper: ProcessHandle) -> None:
     assert os.getsid(sleeper.identity.pid) == sleeper.identity.pid
+
+
+def test_the_boot_is_what_systemd_says_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OSCLOUD_BOOT_ID", "abc")
+    assert boot_id.__wrapped__() == "abc"
+    monkeypatch.delenv("OSCLOUD_BOOT_ID")
+    assert boot_id.__wrapped__() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @pytest.mark.parametrize("field", ["start_time_ticks", "boot_id"])

@@ -143,6 +143,27 @@ def test_a_boot_of_the_host_starts_what_is_meant_to_start(box: Box) -> None:
     assert seen(box, "yes-ran")[0] == "STOPPED"
 
 
+def test_a_host_that_goes_down_takes_no_wish_with_it(box: Box) -> None:
+    box.create("last", autostart="last-state", restart="always")
+    box.create("no")
+    hung = box.create("hung", autostart="yes")
+    os.kill(hung["pid"], signal.SIGSTOP)
+    box.wait("hung", "UNRESPONSIVE")
+    box.create("off", autostart="last-state")
+    box.call("vm_stop", vm="off", force=True)
+    answer = box.call("daemon_stop_guests", timeout=10)
+    assert (sorted(answer["stopped"]), answer["left"]) == (["hung", "last", "no"], [])
+    assert not box.qemus()
+    for name in ("last", "no", "hung"):
+        assert seen(box, name) == ("STOPPED", "RUNNING", "stopped with the host")
+    assert box.call("daemon_stop_guests") == {"stopped": [], "left": []}
+    reboot(box)
+    for name in ("last", "hung"):
+        box.wait(name, "RUNNING")
+    for name in ("no", "off"):
+        assert seen(box, name)[:2] == ("STOPPED", "STOPPED")
+
+
 def test_a_hung_qemu_is_told_and_holds_up_nobody(box: Box) -> None:
     vm, other = box.create("web"), box.create("shop")
     os.kill(vm["pid"], signal.SIGSTOP)

@@ -16,6 +16,7 @@ from oscloudd.api.params import (
     JobWaitParams,
     NetworkParams,
     Params,
+    StopGuestsParams,
     TemplateJobParams,
     TemplateParams,
     TemplateWarmParams,
@@ -65,6 +66,11 @@ async def _daemon_info(cloud: Cloud, _params: Params, caller: Caller) -> object:
     info = await cloud.info()
     you = caller.credentials._asdict()
     return {**{name: getattr(info, name) for name in info.__struct_fields__}, "caller": you}
+
+
+async def _daemon_stop_guests(cloud: Cloud, params: StopGuestsParams, caller: Caller) -> object:
+    seconds = check_seconds(params.timeout, parameter="timeout")
+    return await cloud.host_shutdown.stop_all(_order(caller), seconds)
 
 
 def _order(caller: Caller, *, wait: bool = True) -> Order:
@@ -185,6 +191,7 @@ async def _template_warm(cloud: Cloud, params: TemplateWarmParams, caller: Calle
 METHODS: dict[str, Method] = {
     "daemon_info": Method(Params, _daemon_info),
     "daemon_doctor": Method(Params, lambda cloud, _, __: cloud.doctor.examine()),
+    "daemon_stop_guests": Method(StopGuestsParams, _daemon_stop_guests),
     "vm_create": Method(VmCreateParams, _vm_create),
     "vm_list": Method(Params, lambda cloud, _, __: cloud.vms.list(), is_list=True),
     "vm_info": Method(VmParams, lambda cloud, params, _: cloud.vms.info(params.vm)),

@@ -96,6 +96,12 @@ class VmStopParams(VmStartParams, frozen=True):
     timeout: float = 30.0
 
 
+class StopGuestsParams(Params, frozen=True):
+    """How many seconds each guest gets to power off, all at once."""
+
+    timeout: float = 60.0
+
+
 class VmRenameParams(VmParams, frozen=True):
     """A vm and its new name."""
 

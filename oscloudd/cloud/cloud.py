@@ -16,6 +16,7 @@ from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
@@ -110,6 +111,7 @@ class Cloud:
         )
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
+        self.host_shutdown = HostShutdown(database, operations, self._keeper)
         self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)
         self.creator = VmCreator(
             config,

@@ -12,6 +12,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError
 from oscloudd.host.commands import run
 from oscloudd.host.resources import disk_free_bytes, memory_available_bytes, qemu_version
+from oscloudd.host.scopes import SLICE, find_missing_controllers
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.units import format_size
@@ -63,6 +64,7 @@ class Doctor:
             "accelerator": self._look_at_accelerator,
             "qemu": self._look_at_qemu,
             "qemu user": self._look_at_user,
+            "limits": self._look_at_limits,
             "network": self._look_at_network,
             "disk": self._look_at_disk,
             "memory": self._look_at_memory,
@@ -98,6 +100,18 @@ class Doctor:
                 "adduser --system --group oscloud-qemu, then restart oscloudd",
             )
         return "ok", f"qemu runs as {self._user.name}", ""
+
+    async def _look_at_limits(self) -> tuple[Verdict, str, str]:
+        missing = find_missing_controllers()
+        if missing is None:
+            return "ok", "guests have none: the daemon was not started by systemd", ""
+        if missing:
+            return (
+                "warning",
+                f"set in {SLICE}, but not enforced: no cgroup controllers {', '.join(missing)}",
+                "so it is in containers; on the host itself, boot with cgroup v2",
+            )
+        return "ok", f"each guest has its own in {SLICE}", ""
 
     async def _look_at_network(self) -> tuple[Verdict, str, str]:
         networks = await self._networks.list()

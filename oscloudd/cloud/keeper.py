@@ -37,9 +37,12 @@ class Keeper:
         self._restarts: dict[int, Restarts] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._asked: set[int] = set()
+        self._is_closed = False
 
     def consider(self, vm_id: int) -> None:
         """Look whether a vm that is down should run, and see to it; returns at once."""
+        if self._is_closed:
+            return
         self._asked.add(vm_id)
         if vm_id not in self._tasks:
             self._tasks[vm_id] = asyncio.create_task(
@@ -47,7 +50,8 @@ class Keeper:
             )
 
     async def close(self) -> None:
-        """Start nothing any more."""
+        """Start nothing any more, and nothing that is still asked for."""
+        self._is_closed = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

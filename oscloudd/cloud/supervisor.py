@@ -33,6 +33,7 @@ from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundEr
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.taps import join_tap, open_tap
 from oscloudd.host.processes import find_processes_in
+from oscloudd.host.scopes import VmScope, ensure_scope
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -139,6 +140,7 @@ class Supervisor:
             on_event = self._on_event(held)
             began = time.monotonic()
             held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
+            await ensure_scope(held.qemu.identity.pid, scope_of(vm))
             held.timings["spawn"] = time.monotonic() - began
         finally:
             os.close(tap_fd)
@@ -164,6 +166,7 @@ class Supervisor:
         await resize_disk(spare.qemu, vm.disk_size, timeout_seconds=ADOPTION_SECONDS)
         self._remember_neighbour(vm)
         join_tap(vm.tap, vm.bridge)
+        await ensure_scope(spare.qemu.identity.pid, scope_of(vm))
         held.timings["take"] = time.monotonic() - began
         identity = spare.qemu.identity
         await self._states.record_process(vm.id, identity, spare.accelerator, "warm")
@@ -212,6 +215,7 @@ class Supervisor:
             history=history, timeout_seconds=ADOPTION_SECONDS,
         )  # fmt: skip
         self._hold(vm, held)
+        held.spawn(ensure_scope(vm.process.pid, scope_of(vm)))
         held.is_late = True  # the heartbeat sees to what is cut short here
         try:
             await self._see_adopted(vm, held, see=see)
@@ -418,6 +422,11 @@ class Supervisor:
             kernel=template.kernel,
             initrd=template.initrd,
         )
+
+
+def scope_of(vm: VmRecord) -> VmScope:
+    """Give the scope that a vm's qemu is in, where systemd runs."""
+    return VmScope(vm.id, vm.name, vm.mem_size, vm.cpus)
 
 
 def _write_ending(vm_id: int, ending: Ending) -> bool:

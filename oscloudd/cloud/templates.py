@@ -32,9 +32,9 @@ from oscloudd.errors import (
     InvalidArgumentError,
     InvalidStateError,
 )
-from oscloudd.host.commands import run
 from oscloudd.host.downloads import download, fetch_checksum
 from oscloudd.host.images import check_downloaded_image, durable, image_info
+from oscloudd.host.transient_services import run_apart
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
 
@@ -219,7 +219,9 @@ async def _run_build(declared: Path, making: Path, job: Job) -> None:
             fraction = float(percent) / 100 if percent.isdigit() else None
             job.report("building", message, fraction)
 
-    await run([str(program), str(making)], timeout_seconds=_BUILD_SECONDS, on_line=take)
+    unit = f"oscloud-build-{declared.name}.service"
+    argv = [str(program), str(making)]
+    await run_apart(argv, unit, timeout_seconds=_BUILD_SECONDS, on_line=take)
 
 
 def _seal(making: Path, declaration: Declaration) -> None:

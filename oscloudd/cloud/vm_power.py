@@ -76,7 +76,7 @@ class VmPower:
                 write_state(vm.id, VmState(vm.state), vm.reason, wanted=WantedState.STOPPED)
                 return None
             self._check_can_end(vm, "stopped", force=force)
-            return _begin_end(
+            return begin_end(
                 vm,
                 VmState.STOPPING,
                 WantedState.STOPPED,
@@ -95,7 +95,7 @@ class VmPower:
             if vm.state not in LIVE_STATES:
                 refuse(vm, "restarted", f"start it: oscloudctl vm-start {vm.name}")
             self._check_can_end(vm, "restarted", force=force)
-            return _begin_end(
+            return begin_end(
                 vm,
                 VmState.STOPPING,
                 WantedState.RUNNING,
@@ -116,7 +116,7 @@ class VmPower:
         def decide(vm: VmRecord) -> dict[str, Any]:
             if vm.state not in (*DOWN_STATES, VmState.CREATING, VmState.DELETING):
                 self._check_can_end(vm, "deleted", force=force)
-            return _begin_end(
+            return begin_end(
                 vm,
                 VmState.DELETING,
                 WantedState.DELETED,
@@ -196,7 +196,7 @@ class VmPower:
         return await self._database.run(lambda: read_vm(key))
 
 
-def _begin_end(
+def begin_end(
     vm: VmRecord, state: VmState, wanted: WantedState, *, force: bool, timeout_seconds: float
 ) -> dict[str, Any]:
     """Write down that a vm is being ended; give what the steps need."""

@@ -15,7 +15,7 @@ from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
-from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.supervisor import Supervisor, scope_of
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import VmPaths, vm_paths
 from oscloudd.cloud.vm_records import VmRecord
@@ -29,6 +29,7 @@ from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
 from oscloudd.host.images import create_overlay, durable
 from oscloudd.host.processes import find_processes_in, open_process
+from oscloudd.host.scopes import rename_scope
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.qemu import Qemu
@@ -142,7 +143,8 @@ class VmSteps:
     async def stopped(self, job: Job) -> None:
         """Write down that the vm is off."""
         await self._release(job)
-        await self._states.see(job.vm_id, VmState.STOPPED, "stopped by the user")
+        reason = job.params.get("reason", "stopped by the user")
+        await self._states.see(job.vm_id, VmState.STOPPED, reason)
 
     async def between(self, job: Job) -> None:
         """Write down that the vm is off, to be on again."""
@@ -161,7 +163,10 @@ class VmSteps:
         await self._states.change(lambda: _forget(job.vm_id))
 
     async def name(self, job: Job) -> None:
-        """Nothing is outside the database that has the vm's name."""
+        """Have the vm's name outside the database, too: systemd shows it."""
+        vm = await self._states.find(job.vm_id)
+        if vm is not None and vm.is_process_alive():
+            await rename_scope(scope_of(vm))
 
     # When it does not come to its end
 

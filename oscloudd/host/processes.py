@@ -297,7 +297,13 @@ def find_processes_below(directory: Path) -> list[WorkingProcess]:
 
 @functools.cache
 def boot_id() -> str:
-    """Give the kernel's random name of the boot this is."""
+    """Give the kernel's random name of the boot this is, or what OSCLOUD_BOOT_ID says it is.
+
+    A service with ProtectKernelTunables= has a /proc of its own, and in a container that shows the
+    boot of the host around it (systemd 252): oscloudd.service passes on what systemd itself sees.
+    """
+    if named := os.environ.get("OSCLOUD_BOOT_ID"):
+        return named
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
