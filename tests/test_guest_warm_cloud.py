@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,15 +176,35 @@ def test_a_killed_daemon_leaves_warm_images_and_clones(cloud: GuestCloud) -> Non
     assert cloud.create("later")["started"] == "warm"
 
 
-def test_a_damaged_image_gives_a_cold_start(cloud: GuestCloud) -> None:
-    [image] = cloud.call("template_info", template="tiny")["warm"]
-    state = cloud.root / "state/warm" / image["name"] / "state"
-    whole = state.read_bytes()
-    os.chmod(state, 0o600)
-    state.write_bytes(whole[:100] + bytes(len(whole) - 100))
-    try:
-        vm = cloud.create("cold")
-        assert vm["started"] == "cold"
-        assert cloud.ssh(vm, "hostname") == "cold"
-    finally:
-        state.write_bytes(whole)
+def test_a_damaged_state_gives_a_cold_start(cloud: GuestCloud) -> None:
+    with damaged(cloud, "state"):
+        see_cold(cloud, "cold-by-state")
+
+
+def test_a_damaged_memory_gives_a_cold_start(cloud: GuestCloud) -> None:
+    cloud.end()  # it has the memory at hand
+    with damaged(cloud, "memory"):
+        cloud.start()
+        see_cold(cloud, "cold-by-memory")
+        cloud.end()
+    cloud.start()
+
+
+@contextmanager
+def damaged(cloud: GuestCloud, file: str) -> Iterator[None]:
+    """Have something else in the middle of a file of the warm image."""
+    [image] = (cloud.root / "state/warm").glob("[!.]*")
+    with (image / file).open("r+b") as opened:
+        offset = (image / file).stat().st_size // 2
+        whole = os.pread(opened.fileno(), 8192, offset)
+        os.pwrite(opened.fileno(), os.urandom(8192)[: len(whole)], offset)
+        try:
+            yield
+        finally:
+            os.pwrite(opened.fileno(), whole, offset)
+
+
+def see_cold(cloud: GuestCloud, name: str) -> None:
+    vm = cloud.create(name)
+    assert vm["started"] == "cold"
+    assert cloud.ssh(vm, "hostname") == name

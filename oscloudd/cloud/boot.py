@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 # debian_12 boots in 30 s under emulation on an idle machine; ten vms at once take ten times that.
 BOOT_SECONDS = 600.0
 
+# The question comes long before sshd; this is for one that somebody else's sshd has overtaken.
+_QUESTION_SECONDS = 10.0
+
 # A clone answers in 0.3 s on an idle machine.
 _CLONE_SECONDS = 60.0
 
@@ -72,10 +75,7 @@ class Boot:
         began = time.monotonic()
         await self._wait_ssh(vm, may_take_longer=keeping is None)
         held.timings["banner"] = time.monotonic() - began
-        has_booted = vm.started == "cold"
-        if has_booted and keeping is not None:
-            keeping.cancel()  # it had its identity, and nobody had written that down
-        await self._states.record_ready(vm.id, held.timings, is_kept=has_booted)
+        await self._states.record_ready(vm.id, held.timings)
 
     async def _tell_clone(self, vm: VmRecord, held: Held) -> None:
         if held.is_adopted:
@@ -127,12 +127,17 @@ class Boot:
             await converse(partial(hear_kept, channel), channel)
 
     async def _until_told(self, vm: VmRecord, keeping: "asyncio.Task[None]") -> None:
-        """Wait for the end of `keeping`, or for a guest that turns out to have its identity."""
+        """Wait for the end of `keeping`, or for a guest that turns out to have its identity.
+
+        It has when a daemon died before it had written that down. What it is to be told is
+        forgotten on its own word only: another may answer at its address.
+        """
         # That a guest asks nothing is for `keeping` to say, which waits as long.
         limit_seconds = 2 * BOOT_SECONDS
         answers = asyncio.create_task(wait_ssh_banner(vm.ip, timeout_seconds=limit_seconds))
         try:
             await asyncio.wait({keeping, answers}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({keeping}, timeout=_QUESTION_SECONDS)
             (keeping if keeping.done() else answers).result()
         finally:
             answers.cancel()

@@ -29,7 +29,6 @@ _NO_PROCESS: dict[str, Any] = {
     "started_at": None,
     "ready": False,
 }
-_KEPT: dict[str, Any] = {"identified": True, "seed_document": ""}
 
 
 def insert_state_event(vm_id: int, name: str, state: str, reason: str, wanted: str) -> None:
@@ -135,13 +134,12 @@ class VmStates:
 
     async def record_kept(self, vm_id: int) -> None:
         """The guest's disk has its identity: its secrets are no longer kept here."""
-        await self._update(vm_id, **_KEPT)
+        await self._update(vm_id, identified=True, seed_document="")
 
-    async def record_ready(self, vm_id: int, timings: dict[str, float], *, is_kept: bool) -> None:
+    async def record_ready(self, vm_id: int, timings: dict[str, float]) -> None:
         """The guest can be logged into; `timings` are the seconds each stage has taken."""
         text = msgspec.json.encode({stage: round(took, 4) for stage, took in timings.items()})
-        kept = _KEPT if is_kept else {}
-        await self._update(vm_id, ready=True, timings=text.decode(), **kept)
+        await self._update(vm_id, ready=True, identified=True, timings=text.decode())
 
     async def seed_document(self, vm_id: int) -> str:
         """Give what the guest is still to be told; "" when it knows."""

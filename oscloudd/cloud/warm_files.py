@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from oscloudd.host.images import (
     publish,
     virtual_size_bytes,
 )
+from oscloudd.machine.sealed_memory import load_memory
 
 MANIFEST = "warm.json"
 MEMORY, STATE, DISK = "memory", "state", "disk.qcow2"
@@ -50,6 +52,7 @@ class Manifest(msgspec.Struct, frozen=True):
     memory_sha256: str
     state_bytes: int
     state_sha256: str
+    disk_sha256: str
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,23 @@ class WarmImage:
 
     def read_state(self) -> bytes:
         """Give the state of its devices, some 0.4 MB; raises HostError when it is damaged."""
-        state = self.state.read_bytes()
+        try:
+            state = self.state.read_bytes()
+        except OSError as error:
+            raise HostError(f"{self.state} can't be read: {error.strerror}") from error
         if hashlib.sha256(state).hexdigest() != self.manifest.state_sha256:
             raise HostError(f"{self.state} is damaged", hint="it will be made anew")
         return state
+
+    def load(self) -> int:
+        """Give its memory as `load_memory` does, its other files checked before; blocks.
+
+        Raises HostError when one of them is missing or damaged.
+        """
+        self.read_state()
+        if digest_of(self.disk) != self.manifest.disk_sha256:
+            raise HostError(f"{self.disk} is damaged", hint="it will be made anew")
+        return load_memory(self.memory, self.manifest.mem_size, self.manifest.memory_sha256)
 
     def mark_used(self) -> None:
         """Remember that a vm was made from it now."""
@@ -129,15 +145,25 @@ async def make_blank_overlay(image: WarmImage) -> None:
 
 
 def read_warm(directory: Path) -> WarmImage | None:
-    """Read a warm image; None where there is none, or not all of it."""
+    """Read a warm image; None where there is none, not all of it, or not of our making."""
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
-        sizes = ((directory / MEMORY).stat().st_size, (directory / STATE).stat().st_size)
-        whole = sizes == (manifest.mem_size, manifest.state_bytes)
-        whole = whole and (directory / DISK).is_file()
+        found = [(directory / name).lstat() for name in (MEMORY, STATE, DISK, MANIFEST)]
     except (OSError, msgspec.DecodeError, msgspec.ValidationError):
         return None
-    return WarmImage(directory, manifest) if whole else None
+    # Whoever else owns a file may write to it after it has been checked.
+    ours = all(stat.S_ISREG(each.st_mode) and each.st_uid == os.geteuid() for each in found)
+    whole = [each.st_size for each in found[:2]] == [manifest.mem_size, manifest.state_bytes]
+    return WarmImage(directory, manifest) if ours and whole else None
+
+
+def digest_of(path: Path) -> str:
+    """Give a file's SHA-256, in hexadecimal; blocks. Raises HostError when it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HostError(f"{path} can't be read: {error.strerror}") from error
 
 
 def seal(making: Path, manifest: Manifest, final: Path) -> None:

@@ -24,10 +24,12 @@ from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.warm_files import (
+    DISK,
     STATE,
     Manifest,
     WarmImage,
     WarmStart,
+    digest_of,
     make_blank_overlay,
     read_warm,
     seal,
@@ -35,12 +37,12 @@ from oscloudd.cloud.warm_files import (
 )
 from oscloudd.cloud.warm_making import Shape, WarmMaker
 from oscloudd.config import Config
-from oscloudd.errors import CloudError, InvalidArgumentError
+from oscloudd.errors import CloudError, HostError, InvalidArgumentError
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
 from oscloudd.machine.qemu_version import QemuVersion
-from oscloudd.machine.sealed_memory import load_memory, memory_path
+from oscloudd.machine.sealed_memory import memory_path
 from oscloudd.machine.warm import identify_binary, recipe_key
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
@@ -91,6 +93,7 @@ class WarmImages:
         # Sealed copies in memory, by name: qemu has no right to the files, and clones none to
         # each other's template.
         self._memories: dict[str, int] = {}
+        self._damaged: set[str] = set()
         self._loading = asyncio.Lock()
         self._begun: dict[tuple[str, int, int], asyncio.Task[None]] = {}
         self.on_made: Callable[[], None] = lambda: None
@@ -116,10 +119,7 @@ class WarmImages:
         """Give the image's memory for `MachineFiles`; raises HostError when it is damaged."""
         async with self._loading:
             if image.name not in self._memories:
-                manifest = image.manifest
-                self._memories[image.name] = await asyncio.to_thread(
-                    load_memory, image.memory, manifest.mem_size, manifest.memory_sha256
-                )
+                self._memories[image.name] = await asyncio.to_thread(image.load)
         return memory_path(self._memories[image.name])
 
     async def load(self) -> None:
@@ -134,7 +134,24 @@ class WarmImages:
             return None
         key = await self._key(shape)
         found = [image for image in self._all() if image.manifest.key == key]
-        return max(found, key=lambda image: image.manifest.made_at, default=None)
+        for image in sorted(found, key=lambda image: image.manifest.made_at, reverse=True):
+            if await self._is_sound(image):
+                return image
+        return None
+
+    async def _is_sound(self, image: WarmImage) -> bool:
+        """Tell whether an image is as it was made; what is not is passed over from then on.
+
+        Looked at once in a daemon's life: a clone's disk stands on the frozen one, and neither
+        that nor a cold start may begin with what is damaged.
+        """
+        try:
+            await self.memory_of(image)
+        except HostError as error:
+            _log.warning("warm image %s is not used: %s", image.name, error.message)
+            self._damaged.add(image.name)
+            return False
+        return True
 
     async def find_last_used(self) -> WarmImage | None:
         """Give the image a vm was last made from, of those that one can still begin with."""
@@ -224,6 +241,7 @@ class WarmImages:
                 memory_sha256=made.memory_sha256,
                 state_bytes=len(state),
                 state_sha256=hashlib.sha256(state).hexdigest(),
+                disk_sha256=await asyncio.to_thread(digest_of, making / DISK),
             )
             await asyncio.to_thread(seal, making, manifest, self._directory / name)
             self._memories[name] = made.memory
@@ -252,7 +270,7 @@ class WarmImages:
     def _all(self) -> Iterator[WarmImage]:
         for path in self._directory.glob("[!.]*"):
             image = read_warm(path)
-            if image is not None:
+            if image is not None and image.name not in self._damaged:
                 yield image
 
     def _describe(self, image: WarmImage, used_by: int, spares: int) -> WarmInfo:
@@ -292,5 +310,4 @@ def _count_uses() -> dict[str, int]:
 
 @cache
 def _digest(path: Path, _changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of(path)

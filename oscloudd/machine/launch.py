@@ -58,16 +58,23 @@ async def launch(
     directory = RunDirectory(files.run_directory)
     directory.prepare()
     log_start = files.qemu_log.stat().st_size if files.qemu_log.exists() else 0
-    with _open_descriptors(directory, files, spec.memory_bytes, tap_fd) as (descriptors, log_fd):
-        argv = build_arguments(spec, descriptors)
-        process = start_process(
-            argv,
-            cwd=files.run_directory,
-            user=user.name,
-            extra_groups=user.extra_groups,
-            pass_fds=descriptors.numbers(),
-            stdout_fd=log_fd,
-        )
+    try:
+        with _open_descriptors(directory, files, spec.memory_bytes, tap_fd) as (
+            descriptors,
+            log_fd,
+        ):
+            argv = build_arguments(spec, descriptors)
+            process = start_process(
+                argv,
+                cwd=files.run_directory,
+                user=user.name,
+                extra_groups=user.extra_groups,
+                pass_fds=descriptors.numbers(),
+                stdout_fd=log_fd,
+            )
+    except BaseException:
+        directory.remove()
+        raise
     qemu = Qemu(process, directory, spec.uuid, on_event, log=files.qemu_log)
     try:
         directory.write_pid(process.identity.pid)
