@@ -173,7 +173,8 @@ class ZygoteBox(Box):
         if hasattr(self, "zygote"):
             self.zygote.close()
         if self.daemon is not None:  # killed with its zygote, which can't be asked any more
-            os.close(self.daemon.pidfd)
+            if self.daemon.returncode is None:
+                os.close(self.daemon.pidfd)
             self.daemon = None
         self._notify.close()
         super()._end_by_force()

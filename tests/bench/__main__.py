@@ -2,18 +2,20 @@
 
 Prints a table with the aims beside the figures and judges nothing: a figure means something on the
 machine it was measured on only. Has a network namespace and daemons of its own; what they keep is
-in `.run/bench`. The parts are in boot.py, answers.py and daemon.py.
+in `.run/bench`. The parts are in boot.py, warm.py, libvirt.py, answers.py and daemon.py.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 
 import answers
 import boot
+import libvirt
 import machine
-from daemon import READY_MADE, ROOT, say
+from daemon import READY_MADE, ROOT, end_leftovers, say
 
 NAMESPACE = "oscloud-bench"
 NETNS = ROOT / "packaging/checkout/netns"
@@ -29,6 +31,7 @@ def main() -> int:
     if os.geteuid() != 0:
         sys.exit("Error: bridges, taps and namespaces are made by root\nHint: sudo make bench")
     if chosen.inside:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every `finally`
         measure(chosen.image, max(1, chosen.runs), max(1, chosen.rows))
         return 0
     return run_inside()
@@ -43,23 +46,27 @@ def run_inside() -> int:
     subprocess.run([NETNS, "up", NAMESPACE], check=True, stdout=sys.stderr)
     again = [sys.executable, __file__, *sys.argv[1:], "--inside"]
     inside = subprocess.Popen(["ip", "netns", "exec", NAMESPACE, *again])
+    signal.signal(signal.SIGTERM, lambda *_: inside.terminate())
     try:
         return inside.wait()
     except KeyboardInterrupt:
         return inside.wait(timeout=60)  # it was interrupted, too, and cleans up
     finally:
+        end_leftovers()
         subprocess.run([NETNS, "down", NAMESPACE], check=True, stdout=sys.stderr)
 
 
 def measure(image: str, runs: int, rows: int) -> None:
     say(f"Booting {image}, {runs} times bare and {runs} times ours")
     facts, boots = boot.measure(image, runs)
+    say("Starting a machine under libvirt")
+    others = libvirt.measure(max(runs, libvirt.LEAST_RUNS), facts["accelerator"])
     say(f"Asking a daemon that has {rows} vms")
     replies = answers.measure(rows)
     for name, value in machine.describe(**facts).items():
         print(f"{name:<12} {value}")
     print()
-    table = [machine.Figure("what", "measured", "aim"), *boots, *replies]
+    table = [machine.Figure("what", "measured", "aim"), *boots, *others, *replies]
     width = max(len(row.what) for row in table)
     for row in table:
         print(f"{row.what:<{width}} {row.measured:>12} {row.aim:>8}".rstrip())

@@ -1,18 +1,17 @@
-"""From nothing to an ssh banner: a qemu started by hand against `vm_create`, turn by turn.
+"""From nothing to an ssh banner: a qemu started by hand against `vm_create`s, turn by turn.
 
 Both have the same kernel, initrd, command line, base image, bridge, memory and virtual hardware,
 and one prober watches both. The bare one boots a copy of a disk that has its identity already, as
 nobody tells it one; its disk, tap and neighbour entry are made before its clock starts. So
 everything that makes a new vm a vm (keys, rows, overlay, first boot) is in our first figure alone;
 its second boot, by `vm_start`, is the one that is like the bare one in all but the supervision.
+Clones, which begin warm, are in `warm`.
 """
 
 import os
 import shutil
 import socket
-import statistics
 import subprocess
-import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import warm
+from banner import BOOT_SECONDS, banner_of, wait_banner
 from daemon import Daemon, say
-from machine import Figure
+from machine import Figure, give_ratio, give_seconds
 
 from oscloudctl.client import Client
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
@@ -32,10 +32,8 @@ from oscloudd.host.network.taps import open_tap
 from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
 
 RATIO_AIM = 1.05
+WARM_RATIO_AIM = 0.033
 
-_BOOT_SECONDS = 300.0
-_ATTEMPT_SECONDS = 0.1
-_PAUSE_SECONDS = 0.02
 _TAP = "benchtap"
 
 
@@ -61,67 +59,87 @@ class Ours:
     banner_again: float
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One of each kind, one after the other; without a pool there is nothing from it."""
+
+    bare: float
+    ours: Ours
+    clone: warm.Clone
+    pooled: warm.Clone | None
+
+
 def measure(image: str, runs: int) -> tuple[dict[str, str], list[Figure]]:
-    """Make vms of all kinds in turn; give facts for the head of the table, and its lines."""
+    """Boot every kind in turn; give facts for the head of the table, and its lines."""
     daemon = Daemon("boot")
     daemon.prepare()
     daemon.take_template(image)
-    bare_seconds: list[float] = []
-    ours: list[Ours] = []
-    clones: list[warm.Created] = []
-    pooled: list[warm.Created] = []
     with daemon.running() as client:
         if client.call("template_info", {"template": image})["state"] != "READY":
             say(f"Building the template {image}")
             client.call("template_build", {"template": image}, timeout_seconds=3600)
         info = client.call("daemon_info")
         bare = prepare_bare(daemon, client, image)
-        say("Making a warm image")
-        image_seconds = warm.make_image(client, image)
-    for number in range(runs):
-        daemon.configure()
-        with daemon.running() as client:
-            bare_seconds.append(boot_bare(bare, daemon.directory))
-            ours.append(boot_ours(client, image, _address_of(bare, 100 + number)))
-            clones.append(warm.create_and_delete(client, image))
-        # The same state with another configuration: the pool must have no part in the figure above.
-        daemon.configure(pool=1)
-        with daemon.running() as client:
-            warm.wait_for_spare(client, image)
-            pooled.append(warm.create_and_delete(client, image))
-        say(
-            f"  {number + 1}: bare {bare_seconds[-1]:.2f} s, new {ours[-1].banner:.2f} s,"
-            f" again {ours[-1].banner_again:.2f} s, warm {clones[-1].total:.2f} s,"
-            f" from the pool {pooled[-1].total:.2f} s"
-        )
-    say(f"Making {warm.MANY} at once")
-    daemon.configure()
-    single = statistics.median(clone.total for clone in clones)
-    with daemon.running():
-        many = warm.describe_many(daemon, *warm.create_many(daemon, image), single)
+        say(f"Making a warm image of {image}")
+        warm.make_image(client, image)
+    turns = [take_turn(daemon, bare, image, number) for number in range(runs)]
+    with daemon.running() as client:
+        clones = [turn.clone for turn in turns]
+        more = warm.measure(client, image, daemon.state, IPv4Address(bare.address) + 300, clones)
     facts = {"qemu": str(info["qemu_version"]), "accelerator": str(info["accelerator"])}
+    if not warm.HAS_POOL:
+        facts["pool"] = "this version keeps no spare clones: nothing was measured from a pool"
+    return facts, [*describe(image, turns), *more]
+
+
+def take_turn(daemon: Daemon, bare: Bare, image: str, number: int) -> Turn:
+    """Boot one of each kind; the daemon that keeps spare clones is not the one of the others."""
+    with daemon.running() as client:
+        bare_seconds = boot_bare(bare, daemon.directory)
+        ours = boot_ours(client, image, _address_of(bare, 100 + number))
+        clone = warm.boot_clone(client, image, _address_of(bare, 200 + number))
+    pooled = None
+    if warm.HAS_POOL:
+        with daemon.running(pool=warm.POOL) as client:
+            warm.wait_spares(client, image)
+            pooled = warm.boot_clone(client, image, _address_of(bare, 250 + number))
+    last = "" if pooled is None else f", from the pool {pooled.answer:.2f} s"
+    say(
+        f"  {number + 1}: bare {bare_seconds:.2f} s, new {ours.banner:.2f} s,"
+        f" again {ours.banner_again:.2f} s, warm {clone.answer:.2f} s{last}"
+    )
+    return Turn(bare_seconds, ours, clone, pooled)
+
+
+def describe(image: str, turns: list[Turn]) -> list[Figure]:
+    bare = [turn.bare for turn in turns]
+    ours = [turn.ours for turn in turns]
     banners, again = [boot.banner for boot in ours], [boot.banner_again for boot in ours]
-    return facts, [
-        _seconds(f"{image}: bare qemu to ssh banner", bare_seconds),
-        _seconds(f"{image}: cold vm_create to ssh banner", banners),
+    clones = [turn.clone for turn in turns]
+    pooled = [turn.pooled for turn in turns if turn.pooled is not None]
+    warm_answers = [clone.answer for clone in clones]
+    return [
+        give_seconds(f"{image}: bare qemu to ssh banner", bare),
+        give_seconds(f"{image}: cold vm_create to ssh banner", banners),
         *(
-            _seconds(f"    of these until stage {stage!r}", [boot.stages[stage] for boot in ours])
+            give_seconds(
+                f"    of these until stage {stage!r}", [boot.stages[stage] for boot in ours]
+            )
             for stage in ours[0].stages
         ),
-        _seconds(f"{image}: vm_start of it again to ssh banner", again),
-        _ratio(f"{image}: cold vm_create / bare, medians", banners, bare_seconds),
-        _ratio(f"{image}: vm_start / bare, medians", again, bare_seconds),
-        Figure("making a warm image", f"{image_seconds:.1f} s"),
-        *warm.describe_one_by_one(clones, pooled, statistics.median(bare_seconds)),
-        *many,
+        give_seconds(f"{image}: vm_start of it again to ssh banner", again),
+        *warm.describe(f"{image}: warm vm_create", clones, "1.0 s"),
+        *(warm.describe(f"{image}: vm_create from the pool", pooled, "0.6 s") if pooled else []),
+        give_ratio(f"{image}: cold vm_create / bare, medians", banners, bare, RATIO_AIM),
+        give_ratio(f"{image}: vm_start / bare, medians", again, bare, RATIO_AIM),
+        give_ratio(f"{image}: warm vm_create / bare, medians", warm_answers, bare, WARM_RATIO_AIM),
     ]
 
 
 def prepare_bare(daemon: Daemon, client: Client, image: str) -> Bare:
     """Let a vm take its identity in, and keep its disk."""
-    vm = client.call(
-        "vm_create", {"name": "model", "image": image, "warm": "off"}, timeout_seconds=_BOOT_SECONDS
-    )
+    params = {"name": "model", "image": image, "warm": "off"}
+    vm = client.call("vm_create", params, timeout_seconds=BOOT_SECONDS)
     client.call("vm_stop", {"vm": vm["id"], "timeout": 60}, timeout_seconds=90)
     disk = daemon.directory / "model.qcow2"
     shutil.copyfile(daemon.state / f"disks/{vm['disk']}/disk.qcow2", disk)
@@ -203,53 +221,17 @@ def boot_ours(client: Client, image: str, address: str) -> Ours:
         stages.setdefault(progress["stage"], time.monotonic() - begin)
 
     begin = time.monotonic()
-    with _banner_of(address) as seen:
+    with banner_of(address) as seen:
         params = {"name": "ours", "image": image, "ip": address, "warm": "off"}
-        vm = client.call("vm_create", params, on_progress=note, timeout_seconds=_BOOT_SECONDS)
+        vm = client.call("vm_create", params, on_progress=note, timeout_seconds=BOOT_SECONDS)
     banner = seen[0] - begin
     client.call("vm_stop", {"vm": vm["id"], "timeout": 60}, timeout_seconds=90)
     begin_again = time.monotonic()
-    with _banner_of(address) as seen:
-        client.call("vm_start", {"vm": vm["id"]}, timeout_seconds=_BOOT_SECONDS)
+    with banner_of(address) as seen:
+        client.call("vm_start", {"vm": vm["id"]}, timeout_seconds=BOOT_SECONDS)
     client.call("vm_delete", {"vm": vm["id"], "force": True})
     return Ours(banner, stages, seen[0] - begin_again)
 
 
-@contextmanager
-def _banner_of(address: str) -> Iterator[list[float]]:
-    """Watch for the banner meanwhile; the moment is in the list when all is done."""
-    seen: list[float] = []
-    prober = threading.Thread(target=lambda: seen.append(wait_banner(address)), daemon=True)
-    prober.start()
-    yield seen
-    prober.join(_BOOT_SECONDS)
-
-
-def wait_banner(address: str) -> float:
-    """Give the moment at which an ssh banner has come from `address`."""
-    deadline = time.monotonic() + _BOOT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((address, 22), _ATTEMPT_SECONDS) as connection:
-                connection.settimeout(10)
-                if connection.recv(4) == b"SSH-":
-                    return time.monotonic()
-        except OSError:
-            time.sleep(_PAUSE_SECONDS)  # a refusal comes at once
-    raise TimeoutError(f"no sshd answered at {address} within {_BOOT_SECONDS:g} s")
-
-
 def _address_of(bare: Bare, number: int) -> str:
     return str(IPv4Address(bare.address) + number)
-
-
-def _seconds(what: str, seconds: list[float]) -> Figure:
-    spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-    return Figure(
-        f"{what} (median of {len(seconds)}; {spread})", f"{statistics.median(seconds):.2f} s"
-    )
-
-
-def _ratio(what: str, ours: list[float], bare: list[float]) -> Figure:
-    ratio = statistics.median(ours) / statistics.median(bare)
-    return Figure(what, f"{ratio:.3f}", f"{RATIO_AIM}")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,17 @@ class Figure:
     what: str
     measured: str
     aim: str = ""
+
+
+def give_seconds(what: str, seconds: list[float], aim: str = "") -> Figure:
+    spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+    median = statistics.median(seconds)
+    return Figure(f"{what} (median of {len(seconds)}; {spread})", f"{median:.2f} s", aim)
+
+
+def give_ratio(what: str, ours: list[float], bare: list[float], aim: float) -> Figure:
+    ratio = statistics.median(ours) / statistics.median(bare)
+    return Figure(what, f"{ratio:.3f}", f"{aim}")
 
 
 def describe(**daemon_facts: str) -> dict[str, str]:

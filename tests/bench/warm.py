@@ -1,197 +1,189 @@
-"""Warm clones: one at a time, from the pool, and twenty at once.
+"""Vms that begin with a warm image: one by one, from the pool, many at once, and what they cost."""
 
-A clone's time is what its creator waits for: from `vm_create` to its answer, which comes when the
-guest's sshd has greeted on the vm's own address.
-"""
-
+import os
+import re
 import statistics
 import threading
 import time
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from daemon import Daemon, say
-from machine import Figure
+from banner import BOOT_SECONDS
+from daemon import say
+from machine import Figure, give_seconds
 
 from oscloudctl.client import Client
+from oscloudd.config import WarmConfig
+from oscloudd.host.processes import resource_usage
+
+HAS_POOL = "pool" in WarmConfig.__struct_fields__
+POOL = 2
 
 MANY = 20
-# What is the guest's and qemu's own of a start; all the rest is the manager's.
-NOT_OURS = ("spawn", "restore", "identity", "banner")
+_SHARES = 5
+_MEGABYTE = 1e6
 
-_WARM_SECONDS = 900.0
-_CREATE_SECONDS = 300.0
-_SETTLE_SECONDS = 240.0
-_LOOK_SECONDS = 5.0
-_IDLE_SHARE = 0.05  # of one processor, for each clone
+# What of a warm start is qemu's or the guest's. `spawn` is from the fork to the monitor's first
+# answers, `restore` the loading of the saved state and the disk's new size; `identity` lasts from
+# the guest's first step until it says that it is somebody, `banner` from there to its sshd's
+# greeting. The rest is ours: checking what is asked, a host key, reserving all of it in the
+# database, the overlay, tap, bridge and neighbour entry, the rows
+# of each step, the answer. Of our work there is some in those four, too: the descriptors a qemu is
+# given, one transaction that says the guest is told, and the prober's pauses.
+_NOT_OURS = ("spawn", "restore", "identity", "banner")
+
+_WINDOW_SECONDS = 2.0
+_MOST_WINDOWS = 60
+# It has come to rest when it uses no less than this share of what it used in the window before.
+_AT_REST = 0.8
 
 
 @dataclass(frozen=True)
-class Created:
-    """One vm that was made: how long its creator waited, and where that went, in seconds."""
+class Clone:
+    """Seconds of a vm: until vm_create has answered, which its ssh banner precedes, and by stage.
 
-    vm: dict[str, Any]
-    total: float
+    Nobody else asks its sshd: each connection costs an emulated guest 0.2 s, and the daemon's own
+    has to wait for the answer as well.
+    """
 
-    @property
-    def timings(self) -> dict[str, float]:
-        timings: dict[str, float] = self.vm["timings"]
-        return timings
-
-    @property
-    def ours(self) -> float:
-        return self.total - sum(self.timings.get(stage, 0.0) for stage in NOT_OURS)
+    answer: float
+    timings: dict[str, float]
 
 
-def make_image(client: Client, image: str) -> float:
-    """Have a warm image; give how long that took."""
+def make_image(client: Client, image: str) -> None:
+    """Make the warm image of the usual shape, which every clone here has."""
+    client.call("template_warm", {"template": image}, timeout_seconds=3 * BOOT_SECONDS)
+
+
+def wait_spares(client: Client, image: str) -> None:
+    """Wait until as many spare clones are ready as the daemon is to keep."""
+    deadline = time.monotonic() + BOOT_SECONDS
+    while time.monotonic() < deadline:
+        warm = client.call("template_info", {"template": image})["warm"]
+        if sum(each["spares"] for each in warm) >= POOL:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{POOL} spare clones were not ready within {BOOT_SECONDS:g} s")
+
+
+def boot_clone(client: Client, image: str, address: str) -> Clone:
+    """Make a vm from the warm image, or from the pool where there is one, and delete it."""
     begin = time.monotonic()
-    client.call("template_warm", {"template": image}, timeout_seconds=_WARM_SECONDS)
-    return time.monotonic() - begin
+    vm = _create(client, image, "clone", address)
+    answer = time.monotonic() - begin
+    client.call("vm_delete", {"vm": vm["id"], "force": True})
+    return Clone(answer, vm["timings"])
 
 
-def create(client: Client, image: str, name: str = "warm") -> Created:
+def describe(what: str, clones: list[Clone], aim: str) -> list[Figure]:
+    """Give the lines of clones made one by one."""
+    stages = list(clones[0].timings)
+    return [
+        give_seconds(f"{what} to its answer", [clone.answer for clone in clones], aim),
+        *(
+            give_seconds(f"    of these {stage!r}", [clone.timings[stage] for clone in clones])
+            for stage in stages
+        ),
+    ]
+
+
+def measure(
+    client: Client, image: str, state: Path, first: IPv4Address, single: list[Clone]
+) -> list[Figure]:
+    """Measure our own share of a warm start, then many at once and what they take when idle.
+
+    `first` is the first of the addresses they may have, `single` are those made one by one.
+    """
+    say(f"Making {_SHARES} clones one by one, then {MANY} at once")
+    shares = [_own_share(client, image, str(first)) for _ in range(_SHARES)]
+    share = statistics.median(shares) * 1000
     begin = time.monotonic()
-    params = {"name": name, "image": image, "warm": "only"}
-    vm = client.call("vm_create", params, timeout_seconds=_CREATE_SECONDS)
-    created = Created(vm, time.monotonic() - begin)
+    vms = _create_at_once(client.socket_path, image, first + 1)
+    total = time.monotonic() - begin
+    aim = MANY * statistics.median(clone.answer for clone in single) / 1.5
+    say(f"Waiting for {MANY} clones to come to rest")
+    used = _come_to_rest([vm["pid"] for vm in vms])
+    idle = f"{image}: each of {MANY} clones at rest ({used:.2f} cores in all)"
+    memory = [_memory(vm["pid"]) for vm in vms]
+    disks = [state / f"disks/{vm['disk']}/disk.qcow2" for vm in vms]
+    own = f"{image}: our own share of a warm vm_create (median of {_SHARES})"
+    return [
+        Figure(own, f"{share:.0f} ms", "60 ms"),
+        Figure(f"{image}: {MANY} warm vm_create at once", f"{total:.2f} s", f"{aim:.2f} s"),
+        _megabytes(f"{idle}, PSS", [one["Pss"] for one in memory], "85 MB"),
+        _megabytes(f"{idle}, Private_Dirty", [one["Private_Dirty"] for one in memory]),
+        _megabytes(f"{idle}, disk", [path.stat().st_blocks * 512 for path in disks], "1 MB"),
+    ]
+
+
+def _own_share(client: Client, image: str, address: str) -> float:
+    """Make a clone and delete it; give the seconds that are neither qemu's nor the guest's."""
+    begin = time.monotonic()
+    vm = _create(client, image, "clone", address)
+    total = time.monotonic() - begin
+    client.call("vm_delete", {"vm": vm["id"], "force": True})
+    return total - sum(vm["timings"][stage] for stage in _NOT_OURS)
+
+
+def _create(client: Client, image: str, name: str, address: str) -> dict[str, Any]:
+    params = {"name": name, "image": image, "ip": address, "warm": "only"}
+    vm: dict[str, Any] = client.call("vm_create", params, timeout_seconds=BOOT_SECONDS)
     if vm["started"] != "warm":
-        raise RuntimeError(f"vm {name} was to begin warm: {vm['started']}, {vm['reason']}")
-    return created
+        raise RuntimeError(f"{name} was started {vm['started']}: see the events of its daemon")
+    return vm
 
 
-def create_and_delete(client: Client, image: str) -> Created:
-    created = create(client, image)
-    client.call("vm_delete", {"vm": created.vm["id"], "force": True})
-    return created
+def _create_at_once(socket_path: str, image: str, first: IPv4Address) -> list[dict[str, Any]]:
+    """Make many clones, each by a client of its own; all are ready when this returns."""
+    vms: list[dict[str, Any]] = []
 
+    def create(number: int) -> None:
+        with Client(socket_path) as client:
+            vms.append(_create(client, image, f"clone-{number}", str(first + number)))
 
-def wait_for_spare(client: Client, image: str) -> None:
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while not any(warm["spares"] for warm in _images(client, image)):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no spare clone of {image} within {_SETTLE_SECONDS:g} s")
-        time.sleep(0.05)
-
-
-def _images(client: Client, image: str) -> list[dict[str, Any]]:
-    images: list[dict[str, Any]] = client.call("template_info", {"template": image})["warm"]
-    return images
-
-
-def create_many(daemon: Daemon, image: str) -> tuple[float, list[Created]]:
-    """Fire all creates at once, each from a client of its own; give when the last was ready."""
-    made: list[Created] = []
-    errors: list[Exception] = []
-    ready = threading.Barrier(MANY + 1)
-
-    def one(number: int) -> None:
-        try:
-            with Client(str(daemon.socket)) as client:
-                ready.wait()
-                made.append(create(client, image, f"many{number}"))
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(MANY)]
+    threads = [
+        threading.Thread(target=create, args=(number,), daemon=True) for number in range(MANY)
+    ]
     for thread in threads:
         thread.start()
-    ready.wait()
-    begin = time.monotonic()
     for thread in threads:
         thread.join()
-    total = time.monotonic() - begin
-    if errors:
-        raise errors[0]
-    return total, made
+    if len(vms) < MANY:
+        raise RuntimeError(f"{MANY - len(vms)} of {MANY} clones could not be made")
+    return vms
 
 
-def wait_idle(pids: list[int]) -> float:
-    """Wait until the guests have come to rest; give the share of a processor each still takes."""
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while True:
-        before, begin = _cpu_seconds(pids), time.monotonic()
-        time.sleep(_LOOK_SECONDS)
-        share = (_cpu_seconds(pids) - before) / (time.monotonic() - begin) / len(pids)
-        if share < _IDLE_SHARE or time.monotonic() > deadline:
-            return share
-
-
-def describe_one_by_one(
-    warm: list[Created], pool: list[Created], bare_seconds: float
-) -> list[Figure]:
-    """Give the lines about clones that were made one at a time."""
-    total = statistics.median(each.total for each in warm)
-    pooled = statistics.median(each.total for each in pool)
-    return [
-        _spread("warm vm_create to its answer", [each.total for each in warm], "1.0 s"),
-        *_stages(warm),
-        Figure("    of it the manager's own", _milliseconds([each.ours for each in warm]), "60 ms"),
-        Figure("warm vm_create / bare, medians", f"1/{bare_seconds / total:.1f}", "1/30"),
-        _spread("vm_create from the pool", [each.total for each in pool], "0.6 s"),
-        *_stages(pool),
-        Figure("vm_create from the pool / bare, medians", f"1/{bare_seconds / pooled:.1f}"),
-    ]
-
-
-def describe_many(daemon: Daemon, total: float, made: list[Created], single: float) -> list[Figure]:
-    """Give the lines about many at once, with what each clone has of its own when it is idle."""
-    pids = [each.vm["pid"] for each in made]
-    say(f"Waiting for {MANY} clones to come to rest")
-    share = wait_idle(pids)
-    pss = [_memory(pid, "Pss") for pid in pids]
-    dirty = [_memory(pid, "Private_Dirty") for pid in pids]
-    disks = [_disk_bytes(daemon, each.vm["disk"]) for each in made]
-    return [
-        Figure(f"{MANY} warm creates at once", f"{total:.2f} s", f"{MANY * single / 1.5:.2f} s"),
-        Figure(f"    {MANY} single ones / that", f"{MANY * single / total:.2f}", "1.5"),
-        Figure("    processor time of each when idle", f"{share:.1%}"),
-        Figure("    PSS of each, mean", _mib(statistics.mean(pss)), "85 MB"),
-        Figure("    PSS of each, most", _mib(max(pss))),
-        Figure("    private and written of each, mean", _mib(statistics.mean(dirty))),
-        Figure("    disk of each, mean", _mib(statistics.mean(disks)), "1 MB"),
-        Figure("    disk of each, most", _mib(max(disks))),
-    ]
-
-
-def _stages(created: list[Created]) -> list[Figure]:
-    return [
-        Figure(f"    {stage}", _milliseconds([each.timings.get(stage, 0.0) for each in created]))
-        for stage in created[0].timings
-    ]
-
-
-def _spread(what: str, seconds: list[float], aim: str) -> Figure:
-    spread = f"median of {len(seconds)}; {min(seconds):.2f} to {max(seconds):.2f}"
-    return Figure(f"{what} ({spread})", f"{statistics.median(seconds):.2f} s", aim)
-
-
-def _milliseconds(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds) * 1000:.0f} ms"
-
-
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"
+def _come_to_rest(pids: list[int]) -> float:
+    """Wait until these processes use no less processor time than a moment ago; give how much."""
+    used = float("inf")
+    for _ in range(_MOST_WINDOWS):
+        before, began = _cpu_seconds(pids), time.monotonic()
+        time.sleep(_WINDOW_SECONDS)
+        now = (_cpu_seconds(pids) - before) / (time.monotonic() - began)
+        if now >= _AT_REST * used and now < (os.cpu_count() or 1) / 2:
+            return now
+        used = now
+    say(f"They did not come to rest within {_MOST_WINDOWS * _WINDOW_SECONDS:g} s")
+    return used
 
 
 def _cpu_seconds(pids: list[int]) -> float:
-    return (
-        sum(_nanoseconds(task) for pid in pids for task in Path(f"/proc/{pid}/task").iterdir())
-        / 1e9
-    )
+    usages = [resource_usage(pid) for pid in pids]
+    return sum(usage.cpu_seconds for usage in usages if usage is not None)
 
 
-def _nanoseconds(task: Path) -> int:
-    return int((task / "schedstat").read_text().split()[0])
+def _memory(pid: int) -> dict[str, int]:
+    """Give the bytes of each kind of memory a process has (proc_pid_smaps(5)).
+
+    PSS counts a page that several have in parts: the image's own count a twentieth in each of
+    twenty clones, so the figure depends on how many there are.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
 
 
-def _memory(pid: int, name: str) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/smaps_rollup has no {name}")
-
-
-def _disk_bytes(daemon: Daemon, disk: int) -> int:
-    return (daemon.state / f"disks/{disk}/disk.qcow2").stat().st_blocks * 512
+def _megabytes(what: str, taken: list[int], aim: str = "") -> Figure:
+    mean, most = statistics.mean(taken) / _MEGABYTE, max(taken) / _MEGABYTE
+    return Figure(f"{what}, mean (max {most:.1f} MB)", f"{mean:.1f} MB", aim)
