@@ -1,4 +1,4 @@
-"""The daemon killed at every step, every transaction and every process start of every operation.
+"""The daemon killed at every step, transaction, process start and write to disk of every operation.
 
 Whatever it was killed in, the next daemon finishes it or undoes it, and nothing else remains. Steps
 come from the program's own table: a new one is killed here without a line being written.
@@ -31,8 +31,8 @@ MOST = 60
 class Case:
     """One operation on the vm `web`: what is asked, of which vm, and which outcomes there are.
 
-    `is_finished` and `is_undone` judge the vms there are by name, the bystander left out, against
-    `web` as it was before.
+    `method` names the operation, too. `is_finished` and `is_undone` judge the vms there are by
+    name, the bystander left out, against `web` as it was before.
     """
 
     method: str
@@ -68,10 +68,17 @@ def is_off(now: dict[str, Any], was: dict[str, Any]) -> bool:
     return is_same(now, was) and web["state"] == web["wanted_state"] == "STOPPED" and told
 
 
+def is_suspended(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    web = now["web"]
+    told = web["reason"] == "suspended by the user"
+    return is_same(now, was) and (web["state"], web["wanted_state"]) == OFF and told
+
+
 def has_new_name(now: dict[str, Any], was: dict[str, Any]) -> bool:
     return list(now) == ["blog"] and now["blog"]["pid"] == was["pid"] and is_same(now, was)
 
 
+OFF = ("SUSPENDED", "STOPPED")
 CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
 }  # fmt: skip
@@ -84,18 +91,25 @@ CASES = {
         "vm_rename", {"vm": "web", "name": "blog"}, "RUNNING", has_new_name, unchanged
     ),
     "vm_restart": Case("vm_restart", {"vm": "web"}, "RUNNING", runs, unchanged),
+    "vm_suspend": Case("vm_suspend", {"vm": "web"}, "RUNNING", is_suspended, unchanged),
+    "vm_start of a suspended vm": Case("vm_start", {"vm": "web"}, "SUSPENDED", runs, unchanged),
+    "vm_stop of a suspended vm": Case(
+        "vm_stop", {"vm": "web", "force": True}, "SUSPENDED", is_off, unchanged
+    ),
 }
 STEPS = [
-    Death("step", number, when, kind)
-    for kind, operation in OPERATIONS.items()
-    for number in range(1, len(operation.steps) + 1)
+    (name, Death("step", number, when, case.method))
+    for name, case in CASES.items()
+    for number in range(1, len(OPERATIONS[case.method].steps) + 1)
     for when in ("before", "after")
 ]
 
 
-def name_step(death: Death) -> str:
-    step = OPERATIONS[death.kind].steps[death.number - 1].name
-    return f"{death.kind}-{death.when}-{step}-is-written"
+def name_step(value: str | Death) -> str:
+    if isinstance(value, str):
+        return value
+    step = OPERATIONS[value.kind].steps[value.number - 1].name
+    return f"{value.when}-{step}-is-written"
 
 
 class Bench:
@@ -152,11 +166,29 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     if web["state"] != case.before:
         if case.before == "STOPPED":
             box.call("vm_stop", vm="web", force=True)
-        else:
+        elif web["state"] != "RUNNING":
             box.call("vm_start", vm="web")
+    in_memory = remembered(box) if case.before != "STOPPED" else None
+    if case.before == "SUSPENDED":
+        box.call("vm_suspend", vm="web")
     web = box.call("vm_info", vm="web")
     assert web["state"] == case.before, web
-    return web
+    return {**web, "in memory": in_memory}
+
+
+def remembered(box: ZygoteBox) -> Any:
+    """Give what the guest of `web` has in memory and nowhere else."""
+    return box.call("vm_qemu_command", vm="web", command="x-memory")
+
+
+def check_memory(box: ZygoteBox, case: Case, was: dict[str, Any]) -> None:
+    """Assert that a guest that was suspended, or was to be, has lost nothing."""
+    state = others(box).get("web", {}).get("state")
+    if "SUSPENDED" in (case.before, state) or case.method == "vm_suspend":
+        if state == "SUSPENDED":
+            box.call("vm_resume", vm="web")
+        if state != "STOPPED":
+            assert remembered(box) == was["in memory"]
 
 
 def kill_at(bench: Bench, kind: str, death: Death, again: Death | None = None) -> bool:
@@ -183,6 +215,7 @@ def kill_at(bench: Bench, kind: str, death: Death, again: Death | None = None) -
         settle(box)
         check_accounted(box)
         judge(box, case, was, last_job, must_be_finished=question.is_answered)
+        check_memory(box, case, was)
         assert box.call("vm_info", vm="shop")["pid"] == bench.bystander["pid"]
         if not others(box):
             box.call("vm_create", **CREATION)
@@ -222,16 +255,16 @@ def judge(
 
 
 def test_every_operation_is_killed() -> None:
-    assert set(CASES) == set(OPERATIONS)
+    assert {case.method for case in CASES.values()} == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("death", STEPS, ids=name_step)
-def test_killed_at_a_step(bench: Bench, death: Death) -> None:
-    assert kill_at(bench, death.kind, death), "the step was not reached"
+@pytest.mark.parametrize(("kind", "death"), STEPS, ids=name_step)
+def test_killed_at_a_step(bench: Bench, kind: str, death: Death) -> None:
+    assert kill_at(bench, kind, death), "the step was not reached"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("at", ["transaction", "process"])
+@pytest.mark.parametrize("at", ["transaction", "process", "durable"])
 @pytest.mark.parametrize("kind", CASES)
 def test_killed_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
     number = 1
@@ -243,7 +276,7 @@ def test_killed_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_killed_at_transactions_of_the_recovery(bench: Bench, kind: str) -> None:
-    first_step = Death("step", 1, "before", kind)
+    first_step = Death("step", 1, "before", CASES[kind].method)
     number = 1
     while kill_at(bench, kind, first_step, Death("transaction", number, "after")):
         number += STRIDE

@@ -23,6 +23,7 @@ from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.suspension import Suspension
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_create import VmCreator
 from oscloudd.cloud.vm_power import VmPower
@@ -84,11 +85,20 @@ class Cloud:
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
         )
+        suspension = Suspension(config, self.templates, self._accelerator)
         steps = VmSteps(
-            config, self.states, self.templates, self._supervisor, self.warm_images, self.events
+            config,
+            self.states,
+            self.templates,
+            self._supervisor,
+            self.warm_images,
+            suspension,
+            self.events,
         )
         operations = Operations(database, self.jobs, steps)
-        self.power = VmPower(config, database, self.states, self._supervisor, self.jobs, operations)
+        self.power = VmPower(
+            config, database, self.states, self._supervisor, suspension, self.jobs, operations
+        )
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
         self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)

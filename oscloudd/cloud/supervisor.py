@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -22,6 +22,7 @@ from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
+from oscloudd.cloud.suspended_files import SavedState
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
@@ -41,6 +42,7 @@ from oscloudd.machine.ending import Ending, EndingKind
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
+from oscloudd.machine.suspend import restore_whole, transfer_seconds
 from oscloudd.machine.warm import resize_disk, restore
 from oscloudd.store.database import Database
 
@@ -119,20 +121,29 @@ class Supervisor:
         await self._networks.ensure_up(await self._network_of(vm))
 
     async def spawn(
-        self, vm: VmRecord, timings: dict[str, float], warm: WarmStart | None = None
+        self,
+        vm: VmRecord,
+        timings: dict[str, float],
+        warm: WarmStart | None = None,
+        saved: SavedState | None = None,
     ) -> None:
         """Start a qemu for the vm that stands still, and write down which process it is.
 
         What each stage took is written into `timings`. With `warm` it stands where that was saved,
-        and the vm's disk must be fresh. Raises HostError; nothing is left running then.
+        and the vm's disk must be fresh; with `saved` where the vm itself was suspended, and its
+        disk must be as it was then. Raises HostError; nothing is left running then.
         """
         template = self._templates.get_ready(vm.template)
         accelerator = await asyncio.shield(self._accelerator)
         self._remember_neighbour(vm)
         tap_fd = open_tap(vm.tap, vm.bridge)
         try:
-            spec = _spec(vm, template, accelerator.name, self._config.qemu.binary)
-            spec = replace(spec, incoming=warm is not None)
+            spec = machine_spec(vm, template, accelerator.name, self._config.qemu.binary)
+            spec = replace(
+                spec,
+                incoming=warm is not None or saved is not None,
+                memory_object=saved is not None and saved.has_memory_object,
+            )
             files = self._files(vm, template, warm)
             held = Held(vm.id)
             held.timings = timings
@@ -143,24 +154,14 @@ class Supervisor:
         finally:
             os.close(tap_fd)
         if warm is not None:
-            await self._restore(vm, held, warm)
-        started = "cold" if warm is None else "warm"
+            await _restore(held, _restore_warm(held.qemu, warm, vm.disk_size), "the warm image")
+        if saved is not None:
+            limit = transfer_seconds(vm.mem_size)
+            restoring = restore_whole(held.qemu, saved.descriptor, timeout_seconds=limit)
+            await _restore(held, restoring, "its saved memory")
+        started = vm.started if saved is not None else "cold" if warm is None else "warm"
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
-
-    async def _restore(self, vm: VmRecord, held: Held, warm: WarmStart) -> None:
-        began = time.monotonic()
-        try:
-            with tempfile.TemporaryFile() as state:
-                state.write(warm.state)
-                state.seek(0)
-                await restore(held.qemu, state.fileno())
-            await resize_disk(held.qemu, vm.disk_size)
-        except (CloudError, OSError) as error:
-            await held.qemu.stop(force=True)
-            await held.qemu.close()
-            raise HostError(f"the warm image can't be restored: {error}") from error
-        held.timings["restore"] = time.monotonic() - began
 
     async def identified(self, vm_id: int) -> None:
         """Wait until a guest has taken its identity in; raises what went wrong with that."""
@@ -413,6 +414,26 @@ class Supervisor:
         )
 
 
+async def _restore(held: Held, restoring: Awaitable[None], what: str) -> None:
+    """Have a qemu take a saved state; one that does not is ended. Raises HostError."""
+    began = time.monotonic()
+    try:
+        await restoring
+    except (CloudError, OSError) as error:
+        await held.qemu.stop(force=True)
+        await held.qemu.close()
+        raise HostError(f"{what} can't be restored: {error}") from error
+    held.timings["restore"] = time.monotonic() - began
+
+
+async def _restore_warm(qemu: Qemu, warm: WarmStart, disk_size: int) -> None:
+    with tempfile.TemporaryFile() as state:
+        state.write(warm.state)
+        state.seek(0)
+        await restore(qemu, state.fileno())
+    await resize_disk(qemu, disk_size)
+
+
 def _write_ending(vm_id: int, ending: Ending) -> bool:
     """Write down how a qemu ended, in a transaction; True unless a job is ending it."""
     seen = find_vm(vm_id)
@@ -429,7 +450,10 @@ def _write_ending(vm_id: int, ending: Ending) -> bool:
     return True
 
 
-def _spec(vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str) -> MachineSpec:
+def machine_spec(
+    vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str
+) -> MachineSpec:
+    """Give what the machine of a vm is to be."""
     return MachineSpec(
         name=vm.name,
         uuid=vm.uuid,
