@@ -267,6 +267,7 @@ def test_what_is_over_at_once_shows_no_progress(
         (("vm-restart", "web"), {"vm": "web", "force": False, "timeout": 30}),
         (("vm-pause", "web"), {"vm": "web"}),
         (("vm-resume", "web"), {"vm": "web"}),
+        (("vm-suspend", "web"), {"vm": "web"}),
     ],
 )
 def test_power_commands(

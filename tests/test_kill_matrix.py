@@ -163,11 +163,10 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     if case.before is None:
         return {}
     web = others(box).get("web") or box.call("vm_create", **CREATION)
-    if web["state"] != case.before:
-        if case.before == "STOPPED":
-            box.call("vm_stop", vm="web", force=True)
-        elif web["state"] != "RUNNING":
-            box.call("vm_start", vm="web")
+    if case.before == "STOPPED":
+        box.call("vm_stop", vm="web", force=True)
+    elif web["state"] != "RUNNING":
+        box.call("vm_start", vm="web")
     in_memory = remembered(box) if case.before != "STOPPED" else None
     if case.before == "SUSPENDED":
         box.call("vm_suspend", vm="web")
@@ -282,3 +281,57 @@ def test_killed_at_transactions_of_the_recovery(bench: Bench, kind: str) -> None
         number += STRIDE
         assert number < MOST
     print(f"{kind}: killed after transactions 1 to {number - STRIDE} of the recovery")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", ["transaction", "durable"])
+@pytest.mark.parametrize("kind", ["vm_suspend", "vm_start of a suspended vm"])
+def test_power_cut_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
+    """The guest goes on from its memory, or it has crashed and the memory is gone with it.
+
+    The fake qemu tells when it is given a memory that does not go with its disk.
+    """
+    ends: dict[str, int] = {}
+    number = 1
+    while (end := cut_power_at(bench, kind, Death(at, number, when))) is not None:
+        ends[end] = ends.get(end, 0) + 1
+        number += 1
+        assert number < MOST
+    assert at == "durable" or ends.get("went on", 0) > 0, ends
+    print(f"{kind}: power cut {when} {number - 1} {at}(s): {ends}")
+
+
+def cut_power_at(bench: Bench, kind: str, death: Death) -> str | None:
+    """Have daemon and qemu die there; say what became of the guest, None if neither died."""
+    box, case = bench.open(), CASES[kind]
+    try:
+        was = prepare(box, case)
+        box.arm(death)
+        with Question(box, case.method, **case.params) as question:
+            question.read()
+        if not is_dead(box) and question.is_answered:
+            return None
+        wait_for_death(box)
+        for pid in set(box.qemus()) - {bench.bystander["pid"]}:
+            os.kill(pid, signal.SIGKILL)
+        box.start()
+        settle(box)
+        check_accounted(box)
+        return judge_power_cut(box, was)
+    except BaseException:
+        print(f"{kind}: {death}\n{tail(box)}")
+        bench.discard()
+        raise
+
+
+def judge_power_cut(box: ZygoteBox, was: dict[str, Any]) -> str:
+    web = others(box)["web"]
+    if web["state"] == "SUSPENDED":
+        box.call("vm_resume", vm="web")
+    if web["state"] in ("SUSPENDED", "RUNNING"):
+        assert remembered(box) == was["in memory"]
+        return "went on"
+    assert web["state"] in ("STOPPED", "CRASHED", "ERROR"), web
+    assert web["reason"], web
+    box.call("vm_start", vm="web")
+    return "crashed"

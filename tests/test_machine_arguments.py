@@ -58,6 +58,10 @@ VECTORS = {
             tap=17,
         ),
     ),
+    "resumed_clone": build_arguments(
+        MachineSpec(**{**vars(SPEC), "incoming": True, "memory_object": True}),
+        Descriptors(monitor=10, serial=11, console_log=12, disk=13, base=14, frozen=18, tap=17),
+    ),
     "accelerator_probe": build_probe_arguments("qemu-system-x86_64", "kvm", 10),
 }
 

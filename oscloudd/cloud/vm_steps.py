@@ -211,6 +211,8 @@ class VmSteps:
             stopped = WantedState.STOPPED
             await self._states.see(job.vm_id, VmState.SUSPENDED, reason, wanted=stopped)
         else:
+            if vm is not None:
+                await self._suspension.drop_unfinished(vm)
             await self._states.see(job.vm_id, VmState.ERROR, reason, wanted=wanted)
             self._supervisor.on_ended(job.vm_id)
 
@@ -249,6 +251,7 @@ class VmSteps:
         if job.step == 0:  # else it is saved, and only its qemu would not end
             await self._take_back(vm, stays_paused=job.params["paused"])
         if qemu is None and not vm.is_process_alive():
+            await self.end_stray(vm)
             reason = error.message if isinstance(error, CloudError) else "saving it went wrong"
             if self._suspension.is_saved(vm):
                 await self._states.see(vm.id, VmState.SUSPENDED, reason)
