@@ -65,7 +65,7 @@ def check_reachable(vm: dict[str, Any]) -> str:
     """Give the address of a running vm; raise InvalidStateError for any other."""
     name, state = vm["name"], vm["state"]
     if state not in {"RUNNING", "STARTING", "CREATING", "UNRESPONSIVE"} or not vm.get("ip"):
-        verb = "vm-resume" if state == "PAUSED" else "vm-start"
+        verb = "vm-resume" if state in {"PAUSED", "SUSPENDED"} else "vm-start"
         raise InvalidStateError(
             f"vm {name} is {state}: nobody answers there", hint=f"first: oscloudctl {verb} {name}"
         )

@@ -38,6 +38,9 @@ def expected_traces(box: Box) -> dict[str, Any]:
         "processes": sorted(vm["pid"] for vm in live),
         "run directories": sorted(f"run/vms/{vm['id']}" for vm in live),
         "disks": sorted(f"state/disks/{vm['disk']}" for vm in vms),
+        "saved memory": sorted(
+            f"state/disks/{vm['disk']}/suspended" for vm in vms if vm["state"] == "SUSPENDED"
+        ),
         "logs": sorted(logs),
     }
     return {name: what for name, what in expected.items() if what}

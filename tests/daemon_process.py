@@ -308,6 +308,7 @@ class Box:
         for name, pattern in (
             ("run directories", "run/vms/*"),
             ("disks", "state/disks/*"),
+            ("saved memory", "state/disks/*/suspended*"),
             ("logs", "log/*"),
             ("temporary files", "tmp/*"),
             ("warm images being made", "state/warm/.*"),

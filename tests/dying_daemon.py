@@ -10,6 +10,7 @@ is there when a daemon starts is read then.
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import select
@@ -29,10 +30,11 @@ class Death:
     `at` a step: the step `number` of an operation of this `kind`, `before` it is written down that
     it is done, or `after`. `at` a transaction: the one that is begun as `number`, counted from 1
     from the arming, `before` its commit or `after`. `at` a process: likewise, at its start. `at` a
-    renaming: likewise, of a file or directory.
+    renaming: likewise, of a file or directory. `at` durable: likewise, where a file is made to
+    survive a power cut.
     """
 
-    at: Literal["step", "transaction", "process", "renaming"]
+    at: Literal["step", "transaction", "process", "renaming", "durable"]
     number: int
     when: Literal["before", "after"]
     kind: str = ""
@@ -100,7 +102,8 @@ def arm(config: Path, pid: int, death: Death | None) -> None:
 def install(hook: Hook) -> None:
     """Put the hook into the functions of the program."""
     _hook_transactions(hook)
-    _hook_processes(hook)
+    _hook_function(hook, "process", "oscloudd.host.processes", "start_process")
+    _hook_function(hook, "durable", "oscloudd.host.images", "durable")
     _hook_steps(hook)
     _hook_renamings(hook)
     signal.signal(signal.SIGUSR1, hook.read)
@@ -131,22 +134,21 @@ def _hook_transactions(hook: Hook) -> None:
     Database._do = dying_do
 
 
-def _hook_processes(hook: Hook) -> None:
-    from oscloudd.host import processes
+def _hook_function(hook: Hook, at: str, module_name: str, name: str) -> None:
+    """Replace a function everywhere that it was imported by its name."""
+    original = getattr(importlib.import_module(module_name), name)
 
-    start = processes.start_process
+    @functools.wraps(original)
+    def dying(*arguments: Any, **named: Any) -> Any:
+        number = hook.count(at)
+        hook.reach(at, "before", number)
+        result = original(*arguments, **named)
+        hook.reach(at, "after", number)
+        return result
 
-    @functools.wraps(start)
-    def dying_start(*arguments: Any, **named: Any) -> Any:
-        number = hook.count("process")
-        hook.reach("process", "before", number)
-        process = start(*arguments, **named)
-        hook.reach("process", "after", number)
-        return process
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("oscloudd.") and getattr(module, "start_process", None) is start:
-            module.start_process = dying_start
+    for module_there, module in list(sys.modules.items()):
+        if module_there.startswith("oscloudd.") and getattr(module, name, None) is original:
+            setattr(module, name, dying)
 
 
 def _hook_renamings(hook: Hook) -> None:

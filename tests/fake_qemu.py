@@ -20,9 +20,15 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
     chatty             prints four MiB on the serial line before the login prompt
     restore_fails      says why on standard error and ends when it is to take a saved state
     restore_hangs      begins to take a saved state and never comes to its end
+    save_fails         says that it could not write its guest out: the disk is full
+    save_hangs         begins to write its guest out and goes on with that until it is told to stop
 
 Told to put its identity off (a document with the name `warm`), the guest waits again, can be
 saved there, and goes on from there in a machine of the same shape that is started `-incoming`.
+
+A guest that has its identity writes to its disk whenever it is let run, so that a state that was
+saved before goes with it no more: a machine that is given one nonetheless says so and ends. What
+it has in memory, made up at its boot, is told by `x-memory`.
 """
 
 import base64
@@ -47,6 +53,8 @@ MARK = b"fake guest has its identity"
 RAN = b"fake guest ran when resumed"
 # What a guest prints whose memory and disk are of two machines.
 TORN = "EXT4-fs error: the disk is not the one that this memory knows"
+# Behind the mark: how often it has run since.
+RUNS = b"%08d"
 
 VERSION = "QEMU emulator version 7.2.22 (fake)"
 
@@ -111,6 +119,10 @@ class Port:
                 self.client.sendall(data)
 
 
+class RefusedError(Exception):
+    """A command that qemu does not carry out."""
+
+
 class FakeQemu:
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
@@ -125,6 +137,7 @@ class FakeQemu:
         self.migration = "none"
         self.memory = self.open_memory()
         self.booted = False
+        self.in_memory = ""
         self.identity_lines: list[str] | None = None
         self.is_warm = False
         self.typed = b""
@@ -231,7 +244,11 @@ class FakeQemu:
             self.send({"error": {"class": "CommandNotFound", "desc": desc}, "id": number})
             return
         self.given = request.get("arguments", {})
-        result = handler()
+        try:
+            result = handler()
+        except RefusedError as error:
+            self.send({"error": {"class": "GenericError", "desc": str(error)}, "id": number})
+            return
         self.send({"return": {} if result is None else result, "id": number})
         then = getattr(self, "after_" + command.replace("-", "_"), None)
         if then is not None:
@@ -254,6 +271,8 @@ class FakeQemu:
         return {"status": self.status, "running": running, "singlestep": False}
 
     def do_cont(self) -> None:
+        if self.status != "running" and self.read_mark() == MARK:
+            self.write_runs(self.runs() + 1)
         self.status = "running"
         self.event("RESUME")
 
@@ -264,6 +283,10 @@ class FakeQemu:
         if self.status == "running":
             self.status = "paused"
             self.event("STOP")
+
+    def do_x_memory(self) -> str:
+        """What no qemu has: what its guest remembers."""
+        return self.in_memory
 
     def do_x_disk_full(self) -> None:
         """What no qemu has: a write of the guest meets a full disk."""
@@ -303,17 +326,43 @@ class FakeQemu:
         self.state_files[self.given["fdname"]] = self.monitor.descriptors.pop(0)
 
     def do_query_migrate(self) -> dict[str, str]:
+        if self.migration == "failed":
+            return {"status": "failed", "error-desc": "fake: No space left on device"}
         return {"status": self.migration}
 
+    def do_query_memdev(self) -> list[dict[str, str]]:
+        objects = [json.loads(v) for v in self.arguments if v.startswith('{"qom-type"')]
+        found = [each["id"] for each in objects if "memory-backend" in each["qom-type"]]
+        return [{"id": name} for name in found or ["pc.ram"]]
+
     def do_migrate(self) -> None:
-        return None
+        if self.status == "postmigrate":
+            raise RefusedError("Can't migrate the vm that was paused due to previous migration")
 
     def after_migrate(self) -> None:
+        if self.status == "postmigrate":
+            return
         self.migrated("setup", "active")
-        state = json.dumps({**self.shape(), "warm": self.is_warm, "booted": self.booted})
+        if self.fault == "save_fails":
+            self.migrated("failed")
+        if self.fault in ("save_fails", "save_hangs"):
+            return
+        state = json.dumps(
+            {
+                **self.shape(),
+                "warm": self.is_warm,
+                "booted": self.booted,
+                "memory": self.in_memory,
+                "runs": self.runs(),
+            }
+        )
         os.write(self.state_files.pop(self.given["uri"].removeprefix("fd:")), state.encode())
         self.status = "postmigrate"
         self.migrated("completed")
+
+    def do_migrate_cancel(self) -> None:
+        if self.migration == "active":
+            self.migrated("cancelling", "cancelled")
 
     def do_migrate_incoming(self) -> None:
         return None
@@ -330,9 +379,13 @@ class FakeQemu:
         if self.fault == "restore_fails" or {**state, **self.shape()} != state:
             self.migrated("failed")
             sys.exit("qemu-system-x86_64: load of migration failed: Invalid argument")
+        if not state["warm"] and state["runs"] != self.runs():
+            self.migrated("failed")
+            sys.exit("qemu-system-x86_64: fake: THE DISK IS ANOTHER than when this was saved")
         self.booted, self.is_warm = state["booted"], state["warm"]
-        if self.read_mark() in (MARK, RAN):
+        if self.is_warm and self.read_mark() in (MARK, RAN):
             self.print(f"{TORN}\n")
+        self.in_memory = state["memory"]
         self.status = "paused"
         self.migrated("completed")
 
@@ -351,6 +404,7 @@ class FakeQemu:
         if self.booted or self.fault == "identity_silent":
             return
         self.booted = True
+        self.in_memory = os.urandom(8).hex()
         if self.fault == "crash_after_cont":
             os.kill(os.getpid(), signal.SIGSEGV)
         if self.fault == "shutdown_after_cont":
@@ -363,12 +417,23 @@ class FakeQemu:
             self.print("oscloud-identity: ready\n")
 
     def read_mark(self) -> bytes:
-        size = os.fstat(self.disk()).st_size
-        return os.pread(self.disk(), len(MARK), max(0, size - len(MARK)))
+        return os.pread(self.disk(), len(MARK), self.mark_offset())
 
     def write_mark(self, mark: bytes) -> None:
-        marked_bytes = len(MARK) if self.read_mark() in (MARK, RAN) else 0
-        os.pwrite(self.disk(), mark, os.fstat(self.disk()).st_size - marked_bytes)
+        is_marked = self.read_mark() in (MARK, RAN)
+        offset = self.mark_offset() if is_marked else os.fstat(self.disk()).st_size
+        os.pwrite(self.disk(), mark + RUNS % 0, offset)
+
+    def mark_offset(self) -> int:
+        return max(0, os.fstat(self.disk()).st_size - len(MARK) - len(RUNS % 0))
+
+    def runs(self) -> int:
+        """Give how often the guest has run since it has its identity."""
+        offset = self.mark_offset() + len(MARK)
+        return int(os.pread(self.disk(), 64, offset)) if self.read_mark() == MARK else 0
+
+    def write_runs(self, number: int) -> None:
+        os.pwrite(self.disk(), RUNS % number, self.mark_offset() + len(MARK))
 
     def login(self) -> None:
         if self.fault == "chatty":

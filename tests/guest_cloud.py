@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,13 @@ class GuestCloud:
         """Run a command in the guest, logged in by key."""
         argv = self.ssh_command(vm, "-i", str(self.key), "-o", "BatchMode=yes")
         return self.run(*argv, command, check=check).strip()
+
+    def until(self, look: Callable[[], bool], what: str) -> None:
+        """Look again and again, for what no event tells of."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not look():
+            assert time.monotonic() < deadline, f"{what} did not happen:\n{self.log()[-3000:]}"
+            time.sleep(0.001)
 
     def wait_for_boot(self, vm: dict[str, Any], old_boot_id: str) -> None:
         """Wait until ssh answers from another boot than the old one; a reboot has no event."""

@@ -267,6 +267,7 @@ def test_what_is_over_at_once_shows_no_progress(
         (("vm-restart", "web"), {"vm": "web", "force": False, "timeout": 30}),
         (("vm-pause", "web"), {"vm": "web"}),
         (("vm-resume", "web"), {"vm": "web"}),
+        (("vm-suspend", "web"), {"vm": "web"}),
     ],
 )
 def test_power_commands(
@@ -279,6 +280,22 @@ def test_power_commands(
     timeout = daemon.calls[0][1].get("timeout", 1)
     assert isinstance(timeout, int), "whole seconds are sent as whole numbers"
     assert json.loads(ctl(*command, "--json").stdout)["state"] == "SEEN"
+
+
+def test_a_suspended_vm_says_how_it_goes_on(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    suspended = {**VM, "state": "SUSPENDED", "wanted_state": "STOPPED"}
+    daemon.answers.update(vm_suspend=suspended, vm_list=[suspended], vm_info=suspended)
+    done = ctl("vm-suspend", "web")
+    assert (done.stdout, done.stderr) == (
+        "web: SUSPENDED\n",
+        "Resume it: oscloudctl vm-resume web\n",
+    )
+    assert json.loads(ctl("vm-suspend", "web", "--json").stdout)["state"] == "SUSPENDED"
+    assert ctl("vm-list").stderr == ""  # it is as its user wants it
+    assert "vm-resume web" in ctl("vm-ssh", "web", status=5).stderr
+    daemon.answers["vm_resume"] = daemon.answers["vm_start"] = {**VM, "state": "RUNNING"}
+    for command in ("vm-resume", "vm-start"):
+        assert ctl(command, "--all").stdout == "web: RUNNING\n"
 
 
 def test_goes_on_after_a_failure_and_keeps_the_first_status(

@@ -1,4 +1,4 @@
-"""The daemon killed at every step, every transaction and every process start of every operation.
+"""The daemon killed at every step, transaction, process start and write to disk of every operation.
 
 Whatever it was killed in, the next daemon finishes it or undoes it, and nothing else remains. Steps
 come from the program's own table: a new one is killed here without a line being written.
@@ -32,8 +32,8 @@ MOST = 60
 class Case:
     """One operation on the vm `web`: what is asked, of which vm, and which outcomes there are.
 
-    `is_finished` and `is_undone` judge the vms there are by name, the bystander left out, against
-    `web` as it was before.
+    `method` names the operation, too. `is_finished` and `is_undone` judge the vms there are by
+    name, the bystander left out, against `web` as it was before.
     """
 
     method: str
@@ -69,10 +69,17 @@ def is_off(now: dict[str, Any], was: dict[str, Any]) -> bool:
     return is_same(now, was) and web["state"] == web["wanted_state"] == "STOPPED" and told
 
 
+def is_suspended(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    web = now["web"]
+    told = web["reason"] == "suspended by the user"
+    return is_same(now, was) and (web["state"], web["wanted_state"]) == OFF and told
+
+
 def has_new_name(now: dict[str, Any], was: dict[str, Any]) -> bool:
     return list(now) == ["blog"] and now["blog"]["pid"] == was["pid"] and is_same(now, was)
 
 
+OFF = ("SUSPENDED", "STOPPED")
 CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
 }  # fmt: skip
@@ -86,6 +93,11 @@ CASES = {
         "vm_rename", {"vm": "web", "name": "blog"}, "RUNNING", has_new_name, unchanged
     ),
     "vm_restart": Case("vm_restart", {"vm": "web"}, "RUNNING", runs, unchanged),
+    "vm_suspend": Case("vm_suspend", {"vm": "web"}, "RUNNING", is_suspended, unchanged),
+    "vm_start of a suspended vm": Case("vm_start", {"vm": "web"}, "SUSPENDED", runs, unchanged),
+    "vm_stop of a suspended vm": Case(
+        "vm_stop", {"vm": "web", "force": True}, "SUSPENDED", is_off, unchanged
+    ),
 }
 STEPS = [
     pytest.param(
@@ -149,14 +161,31 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     if case.before is None:
         return {}
     web = others(box).get("web") or box.call("vm_create", **CREATION)
-    if web["state"] != case.before:
-        if case.before == "STOPPED":
-            box.call("vm_stop", vm="web", force=True)
-        else:
-            box.call("vm_start", vm="web")
+    if case.before == "STOPPED":
+        box.call("vm_stop", vm="web", force=True)
+    elif web["state"] != "RUNNING":
+        box.call("vm_start", vm="web")
+    in_memory = remembered(box) if case.before != "STOPPED" else None
+    if case.before == "SUSPENDED":
+        box.call("vm_suspend", vm="web")
     web = box.call("vm_info", vm="web")
     assert web["state"] == case.before, web
-    return web
+    return {**web, "in memory": in_memory}
+
+
+def remembered(box: ZygoteBox) -> Any:
+    """Give what the guest of `web` has in memory and nowhere else."""
+    return box.call("vm_qemu_command", vm="web", command="x-memory")
+
+
+def check_memory(box: ZygoteBox, case: Case, was: dict[str, Any]) -> None:
+    """Assert that a guest that was suspended, or was to be, has lost nothing."""
+    state = others(box).get("web", {}).get("state")
+    if "SUSPENDED" in (case.before, state) or case.method == "vm_suspend":
+        if state == "SUSPENDED":
+            box.call("vm_resume", vm="web")
+        if state != "STOPPED":
+            assert remembered(box) == was["in memory"]
 
 
 def kill_at(
@@ -190,6 +219,8 @@ def kill_at(
         judge(box, case, was, last_job, must_be_finished=answered, may_fail=with_qemu)
         if not died and "warm" in case.params:
             assert others(box)["web"]["started"] == "warm"
+        if not with_qemu:
+            check_memory(box, case, was)
         assert box.call("vm_info", vm="shop")["pid"] == bench.bystander["pid"]
         if not others(box):
             box.call("vm_create", **CREATION)
@@ -261,7 +292,7 @@ def test_killed_at_a_step(bench: Bench, kind: str, death: Death) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("at", ["transaction", "process", "renaming"])
+@pytest.mark.parametrize("at", ["transaction", "process", "renaming", "durable"])
 @pytest.mark.parametrize("kind", CASES)
 def test_killed_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
     number = 1
@@ -289,3 +320,57 @@ def test_killed_at_transactions_of_the_recovery(bench: Bench, kind: str) -> None
         number += STRIDE
         assert number < MOST
     print(f"{kind}: killed after transactions 1 to {number - STRIDE} of the recovery")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", ["transaction", "durable"])
+@pytest.mark.parametrize("kind", ["vm_suspend", "vm_start of a suspended vm"])
+def test_power_cut_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
+    """The guest goes on from its memory, or it has crashed and the memory is gone with it.
+
+    The fake qemu tells when it is given a memory that does not go with its disk.
+    """
+    ends: dict[str, int] = {}
+    number = 1
+    while (end := cut_power_at(bench, kind, Death(at, number, when))) is not None:
+        ends[end] = ends.get(end, 0) + 1
+        number += 1
+        assert number < MOST
+    assert at == "durable" or ends.get("went on", 0) > 0, ends
+    print(f"{kind}: power cut {when} {number - 1} {at}(s): {ends}")
+
+
+def cut_power_at(bench: Bench, kind: str, death: Death) -> str | None:
+    """Have daemon and qemu die there; say what became of the guest, None if neither died."""
+    box, case = bench.open(), CASES[kind]
+    try:
+        was = prepare(box, case)
+        box.arm(death)
+        with Question(box, case.method, **case.params) as question:
+            question.read()
+        if not is_dead(box) and question.is_answered:
+            return None
+        wait_for_death(box)
+        for pid in set(box.qemus()) - {bench.bystander["pid"]}:
+            os.kill(pid, signal.SIGKILL)
+        box.start()
+        settle(box)
+        check_accounted(box)
+        return judge_power_cut(box, was)
+    except BaseException:
+        print(f"{kind}: {death}\n{tail(box)}")
+        bench.discard()
+        raise
+
+
+def judge_power_cut(box: ZygoteBox, was: dict[str, Any]) -> str:
+    web = others(box)["web"]
+    if web["state"] == "SUSPENDED":
+        box.call("vm_resume", vm="web")
+    if web["state"] in ("SUSPENDED", "RUNNING"):
+        assert remembered(box) == was["in memory"]
+        return "went on"
+    assert web["state"] in ("STOPPED", "CRASHED", "ERROR"), web
+    assert web["reason"], web
+    box.call("vm_start", vm="web")
+    return "crashed"

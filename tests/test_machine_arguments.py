@@ -44,6 +44,10 @@ VECTORS = {
         MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda", "incoming": True}),
         Descriptors(**ALWAYS, base=14, frozen=18, kernel=15, memory=16, tap=17),
     ),
+    "resumed_clone": build_arguments(
+        MachineSpec(**{**vars(SPEC), "incoming": True, "memory_object": True}),
+        Descriptors(**ALWAYS, base=14, frozen=18, tap=17),
+    ),
     "accelerator_probe": build_probe_arguments("qemu-system-x86_64", "kvm", 10),
 }
 

@@ -298,6 +298,7 @@ BY_KEY: list[tuple[str, str, dict[str, Any]]] = [
     ("vm_restart", "vm", {}),
     ("vm_pause", "vm", {}),
     ("vm_resume", "vm", {}),
+    ("vm_suspend", "vm", {}),
     ("vm_delete", "vm", {"force": True}),
     ("vm_rename", "vm", {"name": "other"}),
     ("vm_set", "vm", {"autostart": "no"}),

@@ -106,6 +106,10 @@ async def _vm_delete(cloud: Cloud, params: VmStopParams, caller: Caller) -> obje
     return await cloud.power.delete(params.vm, order, force=params.force, timeout_seconds=seconds)
 
 
+async def _vm_suspend(cloud: Cloud, params: VmStartParams, caller: Caller) -> object:
+    return await cloud.power.suspend(params.vm, _order(caller, wait=params.wait))
+
+
 async def _vm_rename(cloud: Cloud, params: VmRenameParams, caller: Caller) -> object:
     return await cloud.vms.rename(params.vm, params.name, _order(caller))
 
@@ -199,7 +203,10 @@ METHODS: dict[str, Method] = {
     "vm_stop": Method(VmStopParams, _vm_stop),
     "vm_restart": Method(VmStopParams, _vm_restart),
     "vm_pause": Method(VmParams, lambda cloud, params, _: cloud.power.pause(params.vm)),
-    "vm_resume": Method(VmParams, lambda cloud, params, _: cloud.power.resume(params.vm)),
+    "vm_resume": Method(
+        VmParams, lambda cloud, params, caller: cloud.power.resume(params.vm, _order(caller))
+    ),
+    "vm_suspend": Method(VmStartParams, _vm_suspend),
     "vm_delete": Method(VmStopParams, _vm_delete),
     "vm_rename": Method(VmRenameParams, _vm_rename),
     "vm_set": Method(VmSetParams, _vm_set),

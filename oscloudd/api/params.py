@@ -10,7 +10,9 @@ from oscloudd.units import MAX_SIZE_BYTES, is_possible_id
 Key = int | str
 Autostart = Literal["no", "yes", "last-state"]
 Restart = Literal["no", "on-failure", "always"]
-_STATES = ("ready", "RUNNING", "STOPPED", "PAUSED", "CRASHED", "UNRESPONSIVE", "ERROR")
+_STATES = (
+    "ready", "RUNNING", "STOPPED", "SUSPENDED", "PAUSED", "CRASHED", "UNRESPONSIVE", "ERROR",
+)  # fmt: skip
 # An answer of ten thousand jobs has about 3 MiB.
 _MAX_LIMIT = 10_000
 _MAX_REASON_LENGTH = 240

@@ -26,6 +26,7 @@ from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.spare import SpareMaker
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.suspension import Suspension
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_create import VmCreator
 from oscloudd.cloud.vm_power import VmPower
@@ -95,6 +96,7 @@ class Cloud:
         self._pool = WarmPool(config, self.warm_images, self._spares, slots)
         self.warm_images.on_made = self._pool.stir
         self.warm_images.stood_on = self._pool.images
+        suspension = Suspension(config, self.templates, self._accelerator)
         steps = VmSteps(
             config,
             self.states,
@@ -103,11 +105,19 @@ class Cloud:
             self.warm_images,
             self._pool,
             slots,
+            suspension,
             self.events,
         )
         operations = Operations(database, self.jobs, steps)
         self.power = VmPower(
-            config, database, self.states, self._supervisor, self.jobs, operations, self._pool
+            config,
+            database,
+            self.states,
+            self._supervisor,
+            suspension,
+            self.jobs,
+            operations,
+            self._pool,
         )
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider

@@ -24,6 +24,7 @@ PAUSED_BY_USER = "paused by the user"
 _STATE_OF_STATUS = {
     "running": (VmState.RUNNING, ""),
     "paused": (VmState.PAUSED, PAUSED_BY_USER),
+    "postmigrate": (VmState.PAUSED, "it was to be suspended"),
     "io-error": (VmState.PAUSED, "an error of the host's disk stopped it"),
     "guest-panicked": (VmState.PAUSED, "the guest's kernel panicked"),
 }

@@ -64,6 +64,8 @@ _RUNNING = Step(VmSteps.running, "letting the guest run")
 _BOOTING = Step(VmSteps.booting, "waiting for the guest", cancellable=True, holds_vm=False)
 _STOPPING = Step(VmSteps.stopping, "powering off", cancellable=True)
 _STOPPED = Step(VmSteps.stopped, "clearing up")
+_SAVING = Step(VmSteps.saving, "saving its memory", cancellable=True)
+_SUSPENDED = Step(VmSteps.suspended, "ending qemu")
 _BETWEEN = Step(VmSteps.between, "clearing up")
 _FILES = Step(VmSteps.files, "removing disk and logs")
 _ROWS = Step(VmSteps.rows, "forgetting it")
@@ -75,6 +77,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "vm_start": Operation((_NETWORK, _STARTING, _RUNNING), VmSteps.undo_start),
     "vm_stop": Operation((_STOPPING, _STOPPED), VmSteps.undo_stop),
+    "vm_suspend": Operation((_SAVING, _SUSPENDED), VmSteps.undo_suspend),
     "vm_restart": Operation(
         (_STOPPING, _BETWEEN, _NETWORK, _STARTING, _RUNNING), VmSteps.undo_stop
     ),

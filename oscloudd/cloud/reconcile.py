@@ -126,7 +126,8 @@ class Reconciler:
                 write_state(vm.id, VmState.ERROR, reason, wanted=WantedState.RUNNING)
                 return None
             write_state(vm.id, VmState.STARTING, "starts with the host", wanted=WantedState.RUNNING)
-            return insert_job("vm_start", vm.name, 0, vm_id=vm.id, params={"revive": True})
+            params = {"revive": True, "resumes": vm.state == VmState.SUSPENDED}
+            return insert_job("vm_start", vm.name, 0, vm_id=vm.id, params=params)
         write_state(vm.id, VmState(vm.state), vm.reason, wanted=WantedState.STOPPED)
         return None
 
@@ -165,6 +166,8 @@ class Reconciler:
             self._supervisor.judged(vm.id)
 
     async def _judge(self, vm: VmRecord, *, is_busy: bool) -> None:
+        if not is_busy:
+            await self._steps.forget_saving(vm, runs=vm.is_process_alive())
         if vm.state in (VmState.CREATING, VmState.DELETING) and not is_busy:
             _log.warning("vm %d (%s) was left %s and is removed", vm.id, vm.name, vm.state)
             await self._steps.demolish(vm)
@@ -174,6 +177,7 @@ class Reconciler:
             await self._states.forget_process(vm.id)  # the rest is for its job to do
         elif await self._supervisor.adopt_unrecorded(vm):
             _log.warning("vm %d (%s) runs, and the database did not say so", vm.id, vm.name)
+            await self._steps.forget_saving(vm, runs=True)
         else:
             # The directory of one that ended unseen, and perhaps a qemu that nobody wrote down.
             await self._steps.end_stray(vm)

@@ -12,6 +12,7 @@ class VmState(StrEnum):
     PAUSED = "PAUSED"
     STOPPING = "STOPPING"
     STOPPED = "STOPPED"
+    SUSPENDED = "SUSPENDED"
     DELETING = "DELETING"
     CRASHED = "CRASHED"
     UNRESPONSIVE = "UNRESPONSIVE"
@@ -27,7 +28,7 @@ LIVE_STATES = frozenset(
 SEEN_STATES = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.UNRESPONSIVE})
 
 # Nothing runs, and `vm_start` may begin.
-DOWN_STATES = frozenset({VmState.STOPPED, VmState.CRASHED, VmState.ERROR})
+DOWN_STATES = frozenset({VmState.STOPPED, VmState.SUSPENDED, VmState.CRASHED, VmState.ERROR})
 
 
 class WantedState(StrEnum):

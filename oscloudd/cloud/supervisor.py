@@ -22,6 +22,7 @@ from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
+from oscloudd.cloud.suspended_files import SavedState
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
@@ -42,6 +43,7 @@ from oscloudd.machine.ending import Ending, EndingKind
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
+from oscloudd.machine.suspend import restore_whole, transfer_seconds
 from oscloudd.machine.warm import resize_disk, restore_or_end
 from oscloudd.store.database import Database
 
@@ -120,20 +122,29 @@ class Supervisor:
         await self._networks.ensure_up(await self._network_of(vm))
 
     async def spawn(
-        self, vm: VmRecord, timings: dict[str, float], warm: WarmStart | None = None
+        self,
+        vm: VmRecord,
+        timings: dict[str, float],
+        warm: WarmStart | None = None,
+        saved: SavedState | None = None,
     ) -> None:
         """Start a qemu for the vm that stands still, and write down which process it is.
 
         What each stage took is written into `timings`. With `warm` it stands where that was saved,
-        and the vm's disk must be fresh. Raises HostError; nothing is left running then.
+        and the vm's disk must be fresh; with `saved` where the vm itself was suspended, and its
+        disk must be as it was then. Raises HostError; nothing is left running then.
         """
         template = self._templates.get_ready(vm.template)
         accelerator = await asyncio.shield(self._accelerator)
         self._remember_neighbour(vm)
         tap_fd = open_tap(vm.tap, vm.bridge)
         try:
-            spec = _spec(vm, template, accelerator.name, self._config.qemu.binary)
-            spec = replace(spec, incoming=warm is not None)
+            spec = machine_spec(vm, template, accelerator.name, self._config.qemu.binary)
+            spec = replace(
+                spec,
+                incoming=warm is not None or saved is not None,
+                memory_object=saved is not None and saved.has_memory_object,
+            )
             files = self._files(vm, template, warm)
             held = Held(vm.id)
             held.timings = timings
@@ -148,7 +159,9 @@ class Supervisor:
             began = time.monotonic()
             await restore_or_end(held.qemu, warm.state, vm.disk_size)
             held.timings["restore"] = time.monotonic() - began
-        started = "cold" if warm is None else "warm"
+        if saved is not None:
+            await _restore_saved(vm, held, saved)
+        started = vm.started if saved is not None else "cold" if warm is None else "warm"
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
 
@@ -429,6 +442,18 @@ def scope_of(vm: VmRecord) -> VmScope:
     return VmScope(vm.id, vm.name, vm.mem_size, vm.cpus)
 
 
+async def _restore_saved(vm: VmRecord, held: Held, saved: SavedState) -> None:
+    """Have a qemu take a suspended guest; one that does not is ended. Raises HostError."""
+    began, limit = time.monotonic(), transfer_seconds(vm.mem_size)
+    try:
+        await restore_whole(held.qemu, saved.descriptor, timeout_seconds=limit)
+    except (CloudError, OSError) as error:
+        await held.qemu.stop(force=True)
+        await held.qemu.close()
+        raise HostError(f"its saved memory can't be restored: {error}") from error
+    held.timings["restore"] = time.monotonic() - began
+
+
 def _write_ending(vm_id: int, ending: Ending) -> bool:
     """Write down how a qemu ended, in a transaction; True unless a job is ending it."""
     seen = find_vm(vm_id)
@@ -445,7 +470,10 @@ def _write_ending(vm_id: int, ending: Ending) -> bool:
     return True
 
 
-def _spec(vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str) -> MachineSpec:
+def machine_spec(
+    vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str
+) -> MachineSpec:
+    """Give what the machine of a vm is to be."""
     return MachineSpec(
         name=vm.name,
         uuid=vm.uuid,

@@ -30,6 +30,11 @@ class VmPaths:
         """The NoCloud seed, where the image has cloud-init."""
         return self.disk_directory / "seed.iso"
 
+    @property
+    def suspended(self) -> Path:
+        """The directory of the saved memory of a vm that is suspended."""
+        return self.disk_directory / "suspended"
+
     def remove(self) -> None:
         """Remove all of them; those that are gone already are no error."""
         for directory in (self.run_directory, self.disk_directory):

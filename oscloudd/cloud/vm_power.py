@@ -1,4 +1,4 @@
-"""Starting, stopping, pausing and deleting a vm: when it is allowed, and what it begins with.
+"""Starting, stopping, pausing, suspending, deleting a vm: when it may be, what it begins with.
 
 What is then done, step by step, is in `operations`.
 """
@@ -14,6 +14,7 @@ from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import Decide, Operations
 from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, SEEN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.suspension import Suspension, drop_hint
 from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.warm_pool import WarmPool
@@ -38,6 +39,7 @@ class VmPower:
         database: Database,
         states: VmStates,
         supervisor: Supervisor,
+        suspension: Suspension,
         jobs: Jobs,
         operations: Operations,
         pool: WarmPool,
@@ -46,13 +48,16 @@ class VmPower:
         self._database = database
         self._states = states
         self._supervisor = supervisor
+        self._suspension = suspension
         self._jobs = jobs
         self._operations = operations
         self._pool = pool
 
     async def start(self, key: int | str, order: Order) -> VmInfo | JobInfo:
-        """Start a vm that is down, and answer when it runs."""
+        """Start a vm that is down, and answer when it runs; one that is suspended goes on."""
         vm = await self._get(key)
+        if vm.state in DOWN_STATES:
+            await self._suspension.check(vm)
         await self.make_room(vm)
         return await self._order("vm_start", vm, order, self.decide_start)
 
@@ -65,14 +70,15 @@ class VmPower:
     ) -> VmInfo | JobInfo:
         """Power a vm off: by its button, or at once with `force`; its disk stays.
 
-        A vm that is down already is left as it is, and no policy will revive it.
+        A vm that is down already is left as it is, and no policy will revive it; one that is
+        suspended loses its memory with `force`.
         """
         vm = await self._get(key)
         if force:
             self._hurry(vm)
 
         def decide(vm: VmRecord) -> dict[str, Any] | None:
-            if vm.state in DOWN_STATES:
+            if vm.state in DOWN_STATES and not self._drops_memory(vm, force=force):
                 write_state(vm.id, VmState(vm.state), vm.reason, wanted=WantedState.STOPPED)
                 return None
             self._check_can_end(vm, "stopped", force=force)
@@ -93,7 +99,9 @@ class VmPower:
 
         def decide(vm: VmRecord) -> dict[str, Any]:
             if vm.state not in LIVE_STATES:
-                refuse(vm, "restarted", f"start it: oscloudctl vm-start {vm.name}")
+                is_saved = vm.state == VmState.SUSPENDED
+                verb, command = ("resume", "vm-resume") if is_saved else ("start", "vm-start")
+                refuse(vm, "restarted", f"{verb} it: oscloudctl {command} {vm.name}")
             self._check_can_end(vm, "restarted", force=force)
             return begin_end(
                 vm,
@@ -131,9 +139,28 @@ class VmPower:
         """Stop the processors of a running vm."""
         return await self._switch(key, VmState.RUNNING, VmState.PAUSED)
 
-    async def resume(self, key: int | str) -> VmInfo:
-        """Let a paused vm go on."""
-        return await self._switch(key, VmState.PAUSED, VmState.RUNNING)
+    async def resume(self, key: int | str, order: Order) -> VmInfo | JobInfo:
+        """Let a vm go on that is paused or suspended."""
+        vm = await self._get(key)
+        if vm.state == VmState.SUSPENDED:
+            return await self.start(vm.id, order)
+        return await self._switch(vm.id, VmState.PAUSED, VmState.RUNNING)
+
+    async def suspend(self, key: int | str, order: Order) -> VmInfo | JobInfo:
+        """Save a vm with its memory to disk and end its qemu; one that is suspended stays so."""
+        vm = await self._get(key)
+        if vm.state in (VmState.RUNNING, VmState.PAUSED):
+            await asyncio.to_thread(self._suspension.check_room, vm)
+
+        def decide(vm: VmRecord) -> dict[str, Any] | None:
+            if vm.state == VmState.SUSPENDED:
+                return None
+            self._check_can_suspend(vm)
+            write_state(vm.id, VmState.STOPPING, "being suspended", wanted=WantedState.STOPPED)
+            is_paused = vm.state == VmState.PAUSED
+            return {"force": False, "wanted": vm.wanted_state, "paused": is_paused}
+
+        return await self._order("vm_suspend", vm, order, decide)
 
     def decide_start(self, vm: VmRecord) -> dict[str, Any]:
         """Allow a start and write down that it has begun, inside its transaction."""
@@ -141,7 +168,7 @@ class VmPower:
             refuse(vm, "started", f"see: oscloudctl vm-info {vm.name}")
         check_memory(vm.mem_size, self._overcommit)
         write_state(vm.id, VmState.STARTING, wanted=WantedState.RUNNING)
-        return {}
+        return {"resumes": True} if vm.state == VmState.SUSPENDED else {}
 
     async def _order(
         self, kind: str, vm: VmRecord, order: Order, decide: Decide
@@ -170,6 +197,8 @@ class VmPower:
                 verb = "paused" if after == VmState.PAUSED else "resumed"
                 refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
             qemu = self._supervisor.get(vm)
+            if after == VmState.RUNNING:
+                await self._suspension.drop(vm)  # it was to be suspended, and that went wrong
             await (qemu.pause() if after == VmState.PAUSED else qemu.resume())
             reason = PAUSED_BY_USER if after == VmState.PAUSED else ""
             await self._states.see_if(vm.id, SEEN_STATES, after, reason)
@@ -183,6 +212,27 @@ class VmPower:
             refuse(vm, verb, "its qemu does not answer; add --force to end it all the same")
         if vm.is_process_alive() and self._supervisor.find(vm.id) is None and not force:
             refuse(vm, verb, f"its qemu (process {vm.pid}) is not in our hands: add --force")
+
+    def _drops_memory(self, vm: VmRecord, *, force: bool) -> bool:
+        """Tell whether to stop a vm that is down drops its memory; refuse that without `force`."""
+        if vm.state == VmState.SUSPENDED and not force:
+            hint = f"resume it: oscloudctl vm-resume {vm.name}, or {drop_hint(vm)}"
+            refuse(vm, "stopped", hint)
+        return vm.state == VmState.SUSPENDED or (force and self._suspension.is_saved(vm))
+
+    def _check_can_suspend(self, vm: VmRecord) -> None:
+        if vm.state not in (VmState.RUNNING, VmState.PAUSED):
+            refuse(vm, "suspended", f"see: oscloudctl vm-info {vm.name}")
+        if vm.state == VmState.PAUSED and vm.reason != PAUSED_BY_USER:
+            refuse(vm, "suspended", f"it stands still for another reason: {vm.reason}")
+        if not vm.identified:
+            hint = f"wait until it is ready: oscloudctl vm-wait {vm.name}"
+            raise InvalidStateError(
+                f"vm {vm.name!r} can't be suspended: its guest does not know yet who it is",
+                hint=hint,
+                state=vm.state,
+            )
+        self._supervisor.get(vm)
 
     def _hurry(self, vm: VmRecord) -> None:
         """Let a forced stop cut short a gentle one that holds the vm."""

@@ -16,6 +16,7 @@ from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor, scope_of
+from oscloudd.cloud.suspension import Suspension
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import VmPaths, vm_paths
 from oscloudd.cloud.vm_records import VmRecord
@@ -34,10 +35,12 @@ from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.run_directory import RunDirectory
+from oscloudd.machine.suspend import let_go_on
 from oscloudd.store.models import Disk, Vm
 
 _log = logging.getLogger(__name__)
 _CONSOLE_LINES = 15
+SUSPENDED_BY_USER = "suspended by the user"
 _NOT_MADE = (VmState.CREATING, VmState.DELETING)
 
 
@@ -53,6 +56,7 @@ class VmSteps:
         warm_images: WarmImages,
         pool: WarmPool,
         slots: StartSlots,
+        suspension: Suspension,
         events: Events,
     ) -> None:
         self._config = config
@@ -62,6 +66,7 @@ class VmSteps:
         self._warm_images = warm_images
         self._pool = pool
         self._slots = slots
+        self._suspension = suspension
         self._events = events
 
     # Making and starting
@@ -91,7 +96,7 @@ class VmSteps:
         await self._supervisor.bring_up_network(await self._get(job))
 
     async def starting(self, job: Job) -> None:
-        """Start qemu, standing still."""
+        """Start qemu, standing still: before its boot, or where a saved guest stood."""
         vm = await self._get(job)
         if self._supervisor.find(vm.id) is not None:
             return
@@ -107,7 +112,7 @@ class VmSteps:
             if warm is not None:
                 await self._spawn_warm(job, vm, warm)
             else:
-                await self._supervisor.spawn(vm, job.timings)
+                await self._spawn(job, vm)
 
     async def running(self, job: Job) -> None:
         """Let the guest run."""
@@ -115,6 +120,8 @@ class VmSteps:
         if job.is_resumed and self._supervisor.find(vm.id) is None:
             await self.starting(job)  # what an earlier daemon had started is gone
             vm = await self._get(job)
+        # From its first step on the guest may write to its disk.
+        await self._suspension.drop(vm)
         await self._supervisor.let_run(vm)
         if vm.started == "warm" and not vm.identified:
             with self._slots.without_turn():
@@ -141,10 +148,29 @@ class VmSteps:
         await qemu.stop(timeout_seconds=job.params["timeout"], force=job.params["force"])
 
     async def stopped(self, job: Job) -> None:
-        """Write down that the vm is off."""
+        """Write down that the vm is off; memory it was suspended with is dropped."""
         await self._release(job)
+        await self._suspension.drop(await self._get(job))
         reason = job.params.get("reason", "stopped by the user")
         await self._states.see(job.vm_id, VmState.STOPPED, reason)
+
+    async def saving(self, job: Job) -> None:
+        """Stop the guest and save its memory, whole or not at all."""
+        vm = await self._get(job)
+        if job.is_resumed and self._suspension.is_saved(vm):
+            return
+        qemu = self._supervisor.find(vm.id)
+        if qemu is None:
+            raise HostError(f"the qemu of vm {vm.name!r} ended before its memory was saved")
+        await self._suspension.save(vm, qemu, is_resumed=job.is_resumed)
+
+    async def suspended(self, job: Job) -> None:
+        """End qemu, whose guest is on disk by now, and write that down."""
+        qemu = self._supervisor.find(job.vm_id)
+        if qemu is not None:
+            await qemu.stop(force=True)
+        await self._release(job)
+        await self._states.see(job.vm_id, VmState.SUSPENDED, SUSPENDED_BY_USER)
 
     async def between(self, job: Job) -> None:
         """Write down that the vm is off, to be on again."""
@@ -191,13 +217,19 @@ class VmSteps:
         reason = error.message if isinstance(error, CloudError) else "something unexpected happened"
         vm = await self._states.find(job.vm_id)
         qemu = self._supervisor.find(job.vm_id)
-        if qemu is not None and await self._never_ran(qemu):
+        is_saved = vm is not None and self._suspension.is_saved(vm)
+        if qemu is not None and (is_saved or await self._never_ran(qemu)):
             await qemu.stop(force=True)
             await self._supervisor.released(job.vm_id)
             qemu = None
         if vm is not None and qemu is not None:
             await self._supervisor.refresh(vm)
+        elif is_saved:
+            stopped = WantedState.STOPPED
+            await self._states.see(job.vm_id, VmState.SUSPENDED, reason, wanted=stopped)
         else:
+            if vm is not None:
+                await self._suspension.drop_unfinished(vm)
             await self._states.see(job.vm_id, VmState.ERROR, reason, wanted=wanted)
             self._supervisor.on_ended(job.vm_id)
 
@@ -212,6 +244,10 @@ class VmSteps:
         if vm.state in DOWN_STATES:
             self._supervisor.on_ended(vm.id)
             return
+        if self._suspension.is_saved(vm):  # it was to lose its memory, and has it still
+            stopped = WantedState.STOPPED
+            await self._states.see(vm.id, VmState.SUSPENDED, SUSPENDED_BY_USER, wanted=stopped)
+            return
         wanted = WantedState(job.params["wanted"])
         await self._states.change(
             lambda: write_state(vm.id, VmState(vm.state), vm.reason, wanted=wanted)
@@ -222,10 +258,59 @@ class VmSteps:
                 await qemu.pause()
         await self._supervisor.refresh(vm)
 
+    async def undo_suspend(self, job: Job, error: BaseException) -> None:
+        """Have the vm as it was before it was to be suspended, if its qemu is still there."""
+        vm = await self._states.find(job.vm_id)
+        if vm is None:
+            return
+        wanted = WantedState(job.params["wanted"])
+        qemu = self._supervisor.find(vm.id)
+        if job.step == 0:  # else it is saved, and only its qemu would not end
+            await self._take_back(vm, stays_paused=job.params["paused"])
+        if qemu is None and not vm.is_process_alive():
+            await self.end_stray(vm)
+            reason = error.message if isinstance(error, CloudError) else "saving it went wrong"
+            if self._suspension.is_saved(vm):
+                await self._states.see(vm.id, VmState.SUSPENDED, reason)
+                return
+            await self._states.see(vm.id, VmState.CRASHED, reason, wanted=wanted)
+            self._supervisor.on_ended(vm.id)
+            return
+        await self._states.change(
+            lambda: write_state(vm.id, VmState(vm.state), vm.reason, wanted=wanted)
+        )
+        await self._supervisor.refresh(vm)
+
     async def undo_delete(self, job: Job, error: BaseException) -> None:
         """Keep a vm whose guest would not stop; one whose files are going stays DELETING."""
         if job.step == 0:
             await self.undo_stop(job, error)
+
+    # Suspended
+
+    async def _spawn(self, job: Job, vm: VmRecord) -> None:
+        """Start a qemu with the vm's saved memory, if it has any; cold only if it never had."""
+        async with self._suspension.opened(vm) as saved:
+            if saved is None and job.params.get("resumes"):
+                raise HostError(f"the memory that vm {vm.name!r} was suspended with is gone")
+            await self._supervisor.spawn(vm, job.timings, saved=saved)
+
+    async def _take_back(self, vm: VmRecord, *, stays_paused: bool) -> None:
+        """Drop what was saved of a vm, and only then let its guest go on."""
+        qemu = self._supervisor.find(vm.id)
+        try:
+            await self._suspension.drop(vm)
+            if qemu is not None:
+                await let_go_on(qemu, stays_paused=stays_paused)
+        except CloudError as error:
+            _log.warning("vm %d (%s) stands still: %s", vm.id, vm.name, error.message)
+
+    async def forget_saving(self, vm: VmRecord, *, runs: bool) -> None:
+        """Remove what no job will go on saving, and all that was saved of a vm that `runs`."""
+        if runs:
+            await self._suspension.drop(vm)
+        else:
+            await self._suspension.drop_unfinished(vm)
 
     # Warm
 

@@ -22,6 +22,7 @@ from peewee import fn
 
 from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
+from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.warm_files import (
     DISK,
@@ -256,11 +257,7 @@ class WarmImages:
     async def _key(self, shape: Shape) -> str:
         version = await asyncio.shield(self._version)
         binary = identify_binary(self._config.qemu.binary, version.version)
-        contents = {"image": shape.template.digest} | {
-            path.name: _digest(path, path.stat().st_mtime_ns)
-            for path in (shape.template.kernel, shape.template.initrd)
-            if path is not None
-        }
+        contents = contents_of(shape.template)
         return recipe_key(await self._spec(shape), with_tap=True, binary=binary, contents=contents)
 
     async def _spec(self, shape: Shape) -> MachineSpec:
@@ -284,6 +281,15 @@ class WarmImages:
             used_by=used_by,
             spares=spares,
         )
+
+
+def contents_of(template: ReadyTemplate) -> dict[str, str]:
+    """Give digests of the files of a template that a machine begins with, by name."""
+    return {"image": template.digest} | {
+        path.name: _digest(path, path.stat().st_mtime_ns)
+        for path in (template.kernel, template.initrd)
+        if path is not None
+    }
 
 
 def _check_can_warm(shape: Shape) -> None:

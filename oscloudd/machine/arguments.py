@@ -17,6 +17,9 @@ TCG_CODE_CACHE_MIB = 64
 # Guests with udev have it as /dev/virtio-ports/NAME, all have it in /sys/class/virtio-ports.
 CHANNEL_NAME = "org.oscloud.channel.0"
 
+# The memory of a machine that has it as an object of its own.
+MEMORY_OBJECT = "memory0"
+
 # Numbers of qemu's descriptor sets; "/dev/fdset/N" is what a block or character device opens.
 _DISK_SET, _BASE_SET, _SEED_SET, _CONSOLE_LOG_SET, _FROZEN_SET = 1, 2, 3, 4, 5
 
@@ -54,7 +57,8 @@ class MachineSpec:
     """What the machine is to be, without the files it stands on.
 
     With a memory file, `memory_shared` writes what the guest writes into it, and without it the
-    guest keeps that to itself. An `incoming` machine has no state until one is restored.
+    guest keeps that to itself. `memory_object` without one: a machine that can take up the state
+    of one that had such a file. An `incoming` machine has no state until one is restored.
     """
 
     name: str
@@ -68,6 +72,7 @@ class MachineSpec:
     base_format: str = "qcow2"
     cmdline: str = ""
     memory_shared: bool = False
+    memory_object: bool = False
     incoming: bool = False
 
 
@@ -132,17 +137,18 @@ def _processor_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[st
 
 def _memory_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
     machine = f"{spec.machine_type},usb=off,vmport=off"
-    if descriptors.memory is None:
+    if descriptors.memory is None and not spec.memory_object:
         return ["-machine", machine]
-    memory = {
-        "qom-type": "memory-backend-file",
-        "id": "memory0",
-        "size": spec.memory_bytes,
-        "mem-path": f"/proc/self/fd/{descriptors.memory}",
-        "share": spec.memory_shared,
-    }
+    # A saved state names its memory by this id, whatever the memory is made of.
+    memory: dict[str, Any] = {"id": MEMORY_OBJECT, "size": spec.memory_bytes}
+    if descriptors.memory is None:
+        memory = {"qom-type": "memory-backend-ram", **memory}
+    else:
+        path = f"/proc/self/fd/{descriptors.memory}"
+        memory = {"qom-type": "memory-backend-file", **memory}
+        memory |= {"mem-path": path, "share": spec.memory_shared}
     # The state's description of itself stands behind its end, where a cut would not be noticed.
-    machine += ",memory-backend=memory0,suppress-vmdesc=on"
+    machine += f",memory-backend={MEMORY_OBJECT},suppress-vmdesc=on"
     return ["-object", _json(memory), "-machine", machine]
 
 

@@ -240,7 +240,7 @@ class Qemu:
             raise ForeignMachineError(f"the machine is {answer.get('UUID')}, not {self._uuid}")
 
     async def _ask_guest(self) -> None:
-        if await self.status() == "paused":
+        if await self.status() in ("paused", "postmigrate"):
             await self.resume()  # a stopped guest can't see its power button
         await self.power_button()
 

@@ -10,8 +10,10 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
@@ -38,7 +40,7 @@ async def save(qemu: Qemu, state_fd: int, *, timeout_seconds: float = SAVE_SECON
     it is durable. Raises HostError, also when it takes longer than `timeout_seconds`.
     """
     await qemu.pause()
-    await _migrate(qemu, "migrate", state_fd, {}, timeout_seconds)
+    await migrate(qemu, "migrate", state_fd, {}, timeout_seconds)
 
 
 async def restore(qemu: Qemu, state_fd: int, *, timeout_seconds: float = RESTORE_SECONDS) -> None:
@@ -50,7 +52,7 @@ async def restore(qemu: Qemu, state_fd: int, *, timeout_seconds: float = RESTORE
     """
     # A clone would else tell the network the MAC of the guest that was saved.
     quiet = {"announce-rounds": 0}
-    await _migrate(qemu, "migrate-incoming", state_fd, quiet, timeout_seconds)
+    await migrate(qemu, "migrate-incoming", state_fd, quiet, timeout_seconds)
 
 
 async def restore_or_end(qemu: Qemu, state: bytes, disk_bytes: int | None = None) -> None:
@@ -129,41 +131,53 @@ def identify_binary(binary: str, version: str) -> dict[str, str | int]:
     }
 
 
-async def _migrate(
-    qemu: Qemu, command: str, state_fd: int, parameters: Mapping[str, int], timeout_seconds: float
+async def migrate(
+    qemu: Qemu,
+    command: Literal["migrate", "migrate-incoming"],
+    state_fd: int,
+    parameters: Mapping[str, int],
+    timeout_seconds: float,
+    *,
+    with_memory: bool = False,
 ) -> None:
-    """Run a migration command on `state_fd` and wait for qemu to say that it is completed."""
+    """Run a migration command on `state_fd` and wait for qemu to say that it is completed.
+
+    `with_memory`: the guest's memory goes there, too. Raises HostError.
+    """
     try:
         async with asyncio.timeout(timeout_seconds):
-            await _prepare(qemu, state_fd, parameters)
+            await _prepare(qemu, state_fd, parameters, with_memory=with_memory)
             with qemu.hear("MIGRATION") as heard:
                 await qemu.monitor.execute(command, {"uri": f"fd:{_STATE_NAME}"})
-                await _wait_completed(heard)
+                await wait_completed(heard)
     except TimeoutError as error:
         raise HostError(f"{command} took qemu longer than {timeout_seconds:g} s") from error
     except (HostError, OperationTimeoutError) as error:
         raise await _explain(qemu, command, error) from error
 
 
-async def _prepare(qemu: Qemu, state_fd: int, parameters: Mapping[str, int]) -> None:
-    monitor = qemu.monitor
-    # x-ignore-shared: the memory stays in its file. events: tell when it is over.
-    names = ("x-ignore-shared", "events")
-    capabilities = [{"capability": name, "state": True} for name in names]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
-    if parameters:
-        await monitor.execute("migrate-set-parameters", parameters)
-    # "exec:" would need a fork, which the sandbox refuses.
-    await monitor.execute("getfd", {"fdname": _STATE_NAME}, descriptor=state_fd)
-
-
-async def _wait_completed(heard: Heard) -> None:
+async def wait_completed(heard: Heard) -> None:
+    """Wait for the end of a migration among the events of that name; raises HostError."""
     while (event := await heard.get()) is not None:
         if event.get("status") == "completed":
             return
         if event.get("status") in ("failed", "cancelled"):
             raise _FailedError(f"qemu says that it has {event.get('status')}")
     raise _FailedError("the connection to qemu's monitor is lost")
+
+
+async def _prepare(
+    qemu: Qemu, state_fd: int, parameters: Mapping[str, int], *, with_memory: bool
+) -> None:
+    monitor = qemu.monitor
+    # x-ignore-shared: the memory stays in its file. events: tell when it is over.
+    wanted = {"x-ignore-shared": not with_memory, "events": True}
+    capabilities = [{"capability": name, "state": state} for name, state in wanted.items()]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    if parameters:
+        await monitor.execute("migrate-set-parameters", parameters)
+    # "exec:" would need a fork, which the sandbox refuses.
+    await monitor.execute("getfd", {"fdname": _STATE_NAME}, descriptor=state_fd)
 
 
 class _FailedError(HostError):
@@ -174,8 +188,18 @@ async def _explain(qemu: Qemu, command: str, error: HostError | OperationTimeout
     """Make one error of a failed migration, with what qemu printed and how it ended if it did."""
     why = error.message
     if isinstance(error, _FailedError):
-        await asyncio.wait([qemu.exited], timeout=_ENDING_SECONDS)
+        if command == "migrate-incoming":
+            await asyncio.wait([qemu.exited], timeout=_ENDING_SECONDS)
         if qemu.exited.done() and not qemu.exited.cancelled():
             why = qemu.exited.result().message
+        elif qemu.is_connected:
+            why = await _ask_why(qemu) or why
     details = {"output": qemu.read_log(), **error.details}
     return HostError(f"{command} failed: {why}", **details)
+
+
+async def _ask_why(qemu: Qemu) -> str:
+    """Give qemu's own words for a migration that failed; "" where it has none."""
+    with suppress(HostError, OperationTimeoutError):
+        return str((await qemu.monitor.execute("query-migrate")).get("error-desc", ""))
+    return ""

@@ -35,7 +35,7 @@ DEFAULT_IMAGE = "debian_12"
 # A cold first boot under emulation on a busy machine.
 READY_SECONDS = 300
 
-_DOWN = ("STOPPED", "CRASHED", "ERROR")
+_DOWN = ("STOPPED", "SUSPENDED", "CRASHED", "ERROR")
 
 
 def main() -> int:
