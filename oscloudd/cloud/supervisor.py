@@ -422,7 +422,8 @@ async def _restore(held: Held, restoring: Awaitable[None], what: str) -> None:
     except (CloudError, OSError) as error:
         await held.qemu.stop(force=True)
         await held.qemu.close()
-        raise HostError(f"{what} can't be restored: {error}") from error
+        details = error.details if isinstance(error, CloudError) else {}
+        raise HostError(f"{what} can't be restored: {error}", **details) from error
     held.timings["restore"] = time.monotonic() - began
 
 
