@@ -17,7 +17,7 @@ from dying_daemon import Death
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-DOWN = ("STOPPED", "CRASHED", "ERROR")
+DOWN = ("STOPPED", "SUSPENDED", "CRASHED", "ERROR")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Act:
 Moment = tuple[str, int]
 VERBS = (
     "create", "start", "stop", "stop --force", "pause", "resume", "restart", "delete",
-    "delete --force", "rename",
+    "delete --force", "rename", "suspend",
 )  # fmt: skip
 
 
@@ -80,6 +80,8 @@ def plan(verb: str, name: str, known: Known, new_name: str) -> Act:
     down = known.state in DOWN
     same = Outcome(name, known.state, known.wanted, "none" if down else "same")
     fresh = replace(same, state="RUNNING", wanted="RUNNING", pid="new")
+    if method == "suspend" or known.state == "SUSPENDED":
+        return plan_suspended(method, bool(force), name, known, new_name)
     if method in ("stop", "delete", "restart"):
         # A guest that is paused can't hear its power button.
         params |= {"force": bool(force), "timeout": 1 if known.state == "PAUSED" else 30}
@@ -99,6 +101,29 @@ def plan(verb: str, name: str, known: Known, new_name: str) -> Act:
         "resume": replace(same, state="RUNNING"),
     }[method]
     return Act(f"vm_{method}", params, name, outcome)
+
+
+def plan_suspended(method: str, force: bool, name: str, known: Known, new_name: str) -> Act:
+    """Say it of a vm that is suspended, or is to be."""
+    is_suspended = known.state == "SUSPENDED"
+    off = Outcome(name, "SUSPENDED", "STOPPED", "none")
+    params: dict[str, Any] = {"vm": name}
+    if method in ("stop", "delete", "restart"):
+        params |= {"force": force}
+    if method == "rename":
+        params["name"] = new_name
+    fresh = replace(off, state="RUNNING", wanted="RUNNING", pid="new")
+    outcomes = {
+        "suspend": off,
+        "start": fresh,
+        "resume": fresh,
+        "stop": replace(off, state="STOPPED"),
+        "rename": replace(off, name=new_name),
+        "delete": None,
+    }
+    is_refused = method not in outcomes or (method == "stop" and not force)
+    is_refused |= method == "suspend" and not is_suspended and known.state in DOWN
+    return Act(f"vm_{method}", params, name, outcomes.get(method, off), is_refused=is_refused)
 
 
 picks = st.integers(0, 9)

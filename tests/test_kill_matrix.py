@@ -165,6 +165,7 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
         box.call("vm_stop", vm="web", force=True)
     elif web["state"] != "RUNNING":
         box.call("vm_start", vm="web")
+        box.wait("web", "ready")  # from then on no transaction is anybody else's
     in_memory = remembered(box) if case.before != "STOPPED" else None
     if case.before == "SUSPENDED":
         box.call("vm_suspend", vm="web")

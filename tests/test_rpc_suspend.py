@@ -171,8 +171,9 @@ def test_the_next_daemon_waits_for_a_save_that_is_under_way(box: Box) -> None:
     box.until(is_active, "the save's begin")
     box.end(signal.SIGKILL)
     box.start()
-    box.until(is_active, "the vm's adoption")
+    box.until(lambda: box.call("job_info", job=job["id"])["cancellable"], "the job going on")
     assert box.call("job_info", job=job["id"])["stage"] == "saving"
+    assert is_active()
     assert box.call("job_cancel", job=job["id"])["state"] == "CANCELLED"
     assert box.call("vm_info", vm="web-save_hangs")["state"] == "RUNNING"
     assert saved(box) == []
@@ -256,6 +257,19 @@ def test_what_is_damaged_or_missing_is_never_booted_past(box: Box, what: str, ho
     assert box.call("vm_stop", vm="web", force=True)["state"] == "STOPPED"
     assert box.call("vm_start", vm="web")["state"] == "RUNNING"
     assert saved(box) == []
+
+
+def test_a_restore_that_fails_leaves_the_vm_suspended(box: Box) -> None:
+    create(box, "web-restore_fails")
+    box.call("vm_suspend", vm="web-restore_fails")
+    error = refused(box, "vm_resume", vm="web-restore_fails")
+    assert (error.kind, "Invalid argument" in error.data["output"]) == ("host_failure", True)
+    seen = box.call("vm_info", vm="web-restore_fails")
+    assert (seen["state"], seen["wanted_state"]) == ("SUSPENDED", "STOPPED")
+    assert "can't be restored" in seen["reason"]
+    left = box.traces()
+    assert (left.get("run directories"), left.get("processes")) == (None, None)
+    assert saved(box) == ["suspended"]
 
 
 def test_a_boot_of_the_host_resumes_what_starts_with_it(box: Box) -> None:

@@ -450,7 +450,9 @@ async def _restore_saved(vm: VmRecord, held: Held, saved: SavedState) -> None:
     except (CloudError, OSError) as error:
         await held.qemu.stop(force=True)
         await held.qemu.close()
-        raise HostError(f"its saved memory can't be restored: {error}") from error
+        details = error.details if isinstance(error, CloudError) else {}
+        message = f"its saved memory can't be restored: {error}"
+        raise HostError(message, **details) from error
     held.timings["restore"] = time.monotonic() - began
 
 

@@ -224,7 +224,8 @@ class VmSteps:
             qemu = None
         if vm is not None and qemu is not None:
             await self._supervisor.refresh(vm)
-        elif is_saved:
+        elif vm is not None and is_saved:
+            await self.end_stray(vm)
             stopped = WantedState.STOPPED
             await self._states.see(job.vm_id, VmState.SUSPENDED, reason, wanted=stopped)
         else:
