@@ -16,6 +16,7 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
     crash_after_cont   dies of SIGSEGV as soon as it is let run
     shutdown_after_cont  powers itself off as soon as it is let run
     identity_fails     answers an identity with `oscloud-identity: failed: no space left`
+    crash_when_told    dies of SIGSEGV when it is a clone and is told who it is
     identity_silent    never asks for an identity, nor prints anything
     chatty             prints four MiB on the serial line before the login prompt
     restore_fails      says why on standard error and ends when it is to take a saved state
@@ -480,6 +481,8 @@ class FakeQemu:
         end = self.told.split(b"\n")[0]
         if not self.is_warm or not end or self.told.count(end + b"\n") < 2:
             return
+        if self.fault == "crash_when_told":
+            os.kill(os.getpid(), signal.SIGSEGV)
         self.told, self.is_warm = b"", False
         if self.fault == "identity_fails":
             self.channel.send(b"oscloud-identity: failed: no space left\n")

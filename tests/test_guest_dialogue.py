@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from oscloudd.errors import HostError
-from oscloudd.guest.dialogue import tell_identity
+from oscloudd.guest.dialogue import hear_kept, tell_clone, tell_identity
 
 READY = b"[    0.1] Linux\r\noscloud-identity: ready\r\n"
 APPLIED = b"oscloud-identity: applied\r\n"
@@ -44,6 +44,15 @@ def test_a_guest_that_an_earlier_daemon_has_told_is_not_told_again() -> None:
         guest.setblocking(False)
         with pytest.raises(BlockingIOError):
             guest.recv(1)
+
+
+def test_a_clone_that_says_all_at_once_is_heard_twice() -> None:
+    host, guest = socket.socketpair()
+    with host, guest:
+        guest.sendall(b"oscloud-identity: applied\noscloud-identity: kept\n")
+        tell_clone(host, "hostname=d2Vi\n", seconds=10)
+        host.settimeout(10)
+        hear_kept(host)
 
 
 def test_a_guest_that_can_not_take_it_says_why() -> None:

@@ -139,3 +139,11 @@ def test_a_vm_whose_frozen_disk_is_gone_says_so(cloud: Box) -> None:
     assert cloud.call("vm_info", vm="web")["state"] == "ERROR"
     check_accounted(cloud)
     cloud.call("vm_delete", vm="web", force=True)
+
+
+def test_a_clone_that_dies_while_it_is_told_is_started_cold(cloud: Box) -> None:
+    shape, _ = make_image(cloud)
+    vm = cloud.create("web-crash_when_told", ip=ADDRESS, wait="ready", warm="only", **shape)
+    assert (vm["state"], vm["ready"], vm["started"]) == ("RUNNING", True, "cold")
+    check_accounted(cloud)
+    cloud.call("vm_delete", vm=vm["id"], force=True)

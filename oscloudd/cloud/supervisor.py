@@ -195,6 +195,9 @@ class Supervisor:
             await asyncio.wait({told, held.settling}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             told.cancel()
+        if held.settling.cancelled():  # its qemu has ended, and took what waited for it along
+            await self.released(vm_id)
+            raise await self._ended_early(vm_id)
         if held.settling.done() and not held.identified.is_set():
             held.settling.result()
 

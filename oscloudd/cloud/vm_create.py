@@ -229,6 +229,10 @@ class VmCreator:
         owner_uid: int,
     ) -> JobRow:
         """Insert the rows, the job's among them; nobody else can be given the same."""
+        if warm is not None and not warm.directory.exists():
+            raise UnavailableError(
+                f"warm image {warm.name} has just been removed", hint="try again"
+            )
         network = read_network(request.network)
         _check_name_is_free(request.name)
         check_memory(request.mem_size, self._config.limits.overcommit)

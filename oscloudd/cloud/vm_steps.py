@@ -23,6 +23,7 @@ from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
 from oscloudd.cloud.warm_files import WarmImage, frozen_disk, make_clone_disk
 from oscloudd.cloud.warm_images import WarmImages
+from oscloudd.cloud.warm_making import Shape
 from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
@@ -41,7 +42,8 @@ from oscloudd.store.models import Disk, Vm
 _log = logging.getLogger(__name__)
 _CONSOLE_LINES = 15
 SUSPENDED_BY_USER = "suspended by the user"
-_NOT_MADE = (VmState.CREATING, VmState.DELETING)
+# STARTING and STOPPING: a clone that took no identity is being started cold.
+_NOT_MADE = (VmState.CREATING, VmState.DELETING, VmState.STARTING, VmState.STOPPING)
 
 
 class VmSteps:
@@ -78,7 +80,7 @@ class VmSteps:
             return
         async with self._slots:
             began = time.monotonic()
-            await self._make_disk(vm, self._warm_image_of(job, vm))
+            await self._make_disk(vm, await self._warm_image_of(job, vm))
             job.timings["overlay"] = time.monotonic() - began
 
     async def seed(self, job: Job) -> None:
@@ -106,7 +108,7 @@ class VmSteps:
         if await self._take_spare(job, vm):
             return
         async with self._slots:
-            warm = self._warm_image_of(job, vm)
+            warm = await self._warm_image_of(job, vm)
             if _lacks_disk(job, vm, warm):
                 await self._make_disk(vm, warm)
             if warm is not None:
@@ -145,6 +147,10 @@ class VmSteps:
             return
         if job.params.get("pid") not in (None, qemu.identity.pid):
             raise InvalidStateError(f"vm {job.target!r} runs as another process by now")
+        # A guest that was being suspended may have to go on to see its power button.
+        vm = await self._states.find(job.vm_id)
+        if vm is not None:
+            await self._suspension.drop(vm)
         await qemu.stop(timeout_seconds=job.params["timeout"], force=job.params["force"])
 
     async def stopped(self, job: Job) -> None:
@@ -245,7 +251,8 @@ class VmSteps:
         if vm.state in DOWN_STATES:
             self._supervisor.on_ended(vm.id)
             return
-        if self._suspension.is_saved(vm):  # it was to lose its memory, and has it still
+        is_down = self._supervisor.find(vm.id) is None and not vm.is_process_alive()
+        if is_down and self._suspension.is_saved(vm):  # it was to lose its memory, and has it still
             stopped = WantedState.STOPPED
             await self._states.see(vm.id, VmState.SUSPENDED, SUSPENDED_BY_USER, wanted=stopped)
             return
@@ -315,11 +322,15 @@ class VmSteps:
 
     # Warm
 
-    def _warm_image_of(self, job: Job, vm: VmRecord) -> WarmImage | None:
+    async def _warm_image_of(self, job: Job, vm: VmRecord) -> WarmImage | None:
         """Give what a new vm begins with; None for one that has its identity, or begins cold."""
         if vm.warm_image is None or not _is_to_begin_warm(job, vm):
             return None
-        return self._warm_images.get(vm.warm_image)
+        if not job.is_resumed:
+            return self._warm_images.get(vm.warm_image)
+        # Another qemu may have been installed since it was chosen.
+        shape = Shape(self._templates.get_ready(vm.template), vm.mem_size, vm.cpus)
+        return await self._warm_images.get_fitting(vm.warm_image, shape)
 
     async def _take_spare(self, job: Job, vm: VmRecord) -> bool:
         """Make the spare that was claimed for a vm its qemu; False where it has none that works."""

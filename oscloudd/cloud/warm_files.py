@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,8 @@ class WarmImage:
 
     def mark_used(self) -> None:
         """Remember that a vm was made from it now."""
-        os.utime(self.directory / MANIFEST)
+        with suppress(OSError):  # it is just being removed, which its user will be told
+            os.utime(self.directory / MANIFEST)
 
     def disk_usage_bytes(self) -> int:
         """Give what its files really take."""

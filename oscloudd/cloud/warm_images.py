@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
@@ -36,7 +36,7 @@ from oscloudd.cloud.warm_files import (
     seal,
     warm_directory,
 )
-from oscloudd.cloud.warm_making import Shape, WarmMaker
+from oscloudd.cloud.warm_making import Made, Shape, WarmMaker
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidArgumentError
 from oscloudd.host.users import QemuUser
@@ -49,7 +49,7 @@ from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
 
 _log = logging.getLogger(__name__)
-_MAKING = ".making-"
+_MAKING, _REMOVING = ".making-", ".removing-"
 
 
 class WarmInfo(msgspec.Struct, frozen=True):
@@ -104,12 +104,19 @@ class WarmImages:
         """End and remove what an earlier daemon had not finished making."""
         self._directory.mkdir(parents=True, exist_ok=True)
         await self._maker.remove_leftovers()
-        for path in self._directory.glob(f"{_MAKING}*"):
+        for path in (*self._directory.glob(f"{_MAKING}*"), *self._directory.glob(f"{_REMOVING}*")):
             await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     def get(self, name: str) -> WarmImage | None:
         """Give a warm image by its name; None when it is not whole."""
         return read_warm(self._directory / name)
+
+    async def get_fitting(self, name: str, shape: Shape) -> WarmImage | None:
+        """Give a warm image by its name; None when it is not for such a machine, or not whole."""
+        image = self.get(name)
+        if image is None or name in self._damaged or image.manifest.key != await self._key(shape):
+            return None
+        return image
 
     async def open(self, image: WarmImage) -> WarmStart:
         """Give what a clone begins with; raises HostError when the image is damaged."""
@@ -202,12 +209,16 @@ class WarmImages:
             total += image.disk_usage_bytes()
             if total <= self._config.warm.max_size_bytes() and image.last_used >= oldest:
                 kept.add(image.name)
-        for path in self._directory.glob("[!.]*"):
-            if path.name not in kept:
-                _log.info("warm image %s is removed", path.name)
-                if (memory := self._memories.pop(path.name, None)) is not None:
-                    os.close(memory)
-                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+        for path in list(self._directory.glob("[!.]*")):
+            # Looked at once more in the thread that writes the rows of new vms: `vm_create` sees to
+            # it there that what it has chosen is still in its place.
+            if path.name not in kept and path.name not in self.stood_on():
+                removing = self._directory / f"{_REMOVING}{path.name}"
+                if await self._database.run(partial(_take_away, path, removing)):
+                    _log.info("warm image %s is removed", path.name)
+                    await asyncio.to_thread(shutil.rmtree, removing, ignore_errors=True)
+                    if (memory := self._memories.pop(path.name, None)) is not None:
+                        os.close(memory)
 
     async def _make_in_background(self, template: str, mem_size: int, cpus: int) -> None:
         try:
@@ -232,19 +243,11 @@ class WarmImages:
                 lambda: check_memory(shape.mem_size, self._config.limits.overcommit)
             )
             made = await self._maker.make(shape, await self._spec(shape), making, job)
-            state = (making / STATE).read_bytes()
-            manifest = Manifest(
-                key=key,
-                template=shape.template.name,
-                mem_size=shape.mem_size,
-                cpus=shape.cpus,
-                made_at=time.time(),
-                memory_sha256=made.memory_sha256,
-                state_bytes=len(state),
-                state_sha256=hashlib.sha256(state).hexdigest(),
-                disk_sha256=await asyncio.to_thread(digest_of, making / DISK),
-            )
-            await asyncio.to_thread(seal, making, manifest, self._directory / name)
+            try:
+                await self._publish(key, shape, made, making, self._directory / name)
+            except BaseException:
+                os.close(made.memory)
+                raise
             self._memories[name] = made.memory
         finally:
             await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
@@ -253,6 +256,21 @@ class WarmImages:
         await make_blank_overlay(image)
         self.on_made()
         return image
+
+    async def _publish(self, key: str, shape: Shape, made: Made, making: Path, final: Path) -> None:
+        state = (making / STATE).read_bytes()
+        manifest = Manifest(
+            key=key,
+            template=shape.template.name,
+            mem_size=shape.mem_size,
+            cpus=shape.cpus,
+            made_at=time.time(),
+            memory_sha256=made.memory_sha256,
+            state_bytes=len(state),
+            state_sha256=hashlib.sha256(state).hexdigest(),
+            disk_sha256=await asyncio.to_thread(digest_of, making / DISK),
+        )
+        await asyncio.to_thread(seal, making, manifest, final)
 
     async def _key(self, shape: Shape) -> str:
         version = await asyncio.shield(self._version)
@@ -306,6 +324,15 @@ def _check_can_warm(shape: Shape) -> None:
             hint=f"give it at least {declaration.min_mem_size}",
             parameter="mem_size",
         )
+
+
+def _take_away(path: Path, removing: Path) -> bool:
+    """Take a warm image out of its place, in a transaction; False where a disk stands on it."""
+    if Disk.select().where(Disk.warm_image == path.name).exists():
+        return False
+    if path.exists():  # a transaction may be run again
+        path.rename(removing)
+    return True
 
 
 def _count_uses() -> dict[str, int]:

@@ -57,7 +57,8 @@ def postpone_identity(line: socket.socket, channel: socket.socket, *, boot_secon
 
 def tell_clone(channel: socket.socket, document: str, *, seconds: float) -> None:
     """Tell a clone who it is; it waits for that and does not ask. Raises like `tell_identity`."""
-    guest = _listen(channel)
+    # It reads no further than it has to: what comes next is for `hear_kept`.
+    guest = _listen(channel, at_once=1)
     _send(guest, encode_for_clone(document))
     _expect(guest, _APPLIED, seconds, "apply its identity")
 
@@ -71,7 +72,7 @@ def hear_kept(channel: socket.socket) -> None:
     _expect(_listen(channel), _KEPT, None, "keep its identity")
 
 
-def _listen(line: socket.socket) -> fdpexpect.fdspawn:
+def _listen(line: socket.socket, *, at_once: int = 65536) -> fdpexpect.fdspawn:
     # use_poll: select() can't take descriptors above 1023. searchwindowsize: without it every
     # read searches the whole boot log again.
     return fdpexpect.fdspawn(
@@ -79,7 +80,7 @@ def _listen(line: socket.socket) -> fdpexpect.fdspawn:
         encoding="utf-8",
         codec_errors="replace",
         use_poll=True,
-        maxread=65536,
+        maxread=at_once,
         searchwindowsize=4096,
     )
 

@@ -68,6 +68,8 @@ async def ensure_scope(pid: int, scope: VmScope) -> None:
         try:
             await run(start, timeout_seconds=_CALL_SECONDS)
         except HostError:
+            if is_in_unit(pid, scope.unit):  # it was slow to say so
+                return
             # The scope of the vm's last qemu goes a moment after it: this waits until it has gone.
             await run(["systemctl", "stop", scope.unit], timeout_seconds=_STOP_SECONDS)
             await run(start, timeout_seconds=_CALL_SECONDS)
