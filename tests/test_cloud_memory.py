@@ -8,7 +8,7 @@ import pytest
 
 from oscloudd.cloud import memory
 from oscloudd.cloud.memory import check_memory, committed_bytes
-from oscloudd.cloud.states import VmState
+from oscloudd.cloud.states import DOWN_STATES, VmState
 from oscloudd.errors import CloudError, ExhaustedError
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Network, Vm
@@ -53,7 +53,7 @@ def run(database: Database, *vms: tuple[int, VmState]) -> None:
 @pytest.mark.parametrize("state", VmState)
 def test_what_runs_or_is_about_to_counts(database: Database, state: VmState) -> None:
     run(database, (3 * GIB, state), (GIB, VmState.RUNNING))
-    counts = state not in (VmState.STOPPED, VmState.CRASHED, VmState.ERROR, VmState.DELETING)
+    counts = state not in (*DOWN_STATES, VmState.DELETING)
     assert asyncio.run(database.run(committed_bytes)) == (4 if counts else 1) * GIB
     assert asyncio.run(database.run(lambda: committed_bytes(except_vm=1))) == GIB
 
