@@ -320,6 +320,10 @@ def test_a_migration_of_mariadb_may_be_cut_short_anywhere_and_keeps_copies(
             mariadb.drop_database(name)
         assert (job.step, job.params, job.attempts, job.error_kind) == (0, "{}", 1, "")
         assert copied == [(1, "web")]
+        # One that was cut short between two migrations keeps the version between them, too.
+        between = {name for name in found if name.startswith("before_2_")}
+        assert between in (set(), {f"before_2_{table}" for table in (*before, "meta", "event")})
+        found = {name: text for name, text in found.items() if name not in between}
         copies = {f"before_1_{table}" for table in before}
         assert set(found) == {*before, *copies, "event"}
         wanted = wanted or found
