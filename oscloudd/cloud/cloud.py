@@ -16,6 +16,7 @@ from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
@@ -97,7 +98,7 @@ class Cloud:
         self.warm_images.on_made = self._pool.stir
         self.warm_images.stood_on = self._pool.images
         suspension = Suspension(config, self.templates, self._accelerator)
-        steps = VmSteps(
+        first_starts = FirstStarts(
             config,
             self.states,
             self.templates,
@@ -105,9 +106,9 @@ class Cloud:
             self.warm_images,
             self._pool,
             slots,
-            suspension,
             self.events,
         )
+        steps = VmSteps(config, self.states, self._supervisor, first_starts, slots, suspension)
         operations = Operations(database, self.jobs, steps)
         self.power = VmPower(
             config,

@@ -6,30 +6,24 @@ Every step looks the vm up anew and does what is still missing. In which order t
 
 import asyncio
 import logging
-import time
 from contextlib import suppress
 
 import msgspec
 
-from oscloudd.cloud.events import Events
+from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor, scope_of
 from oscloudd.cloud.suspension import Suspension
-from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import VmPaths, vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates, write_gone, write_state
-from oscloudd.cloud.warm_files import WarmImage, frozen_disk, make_clone_disk
-from oscloudd.cloud.warm_images import WarmImages
-from oscloudd.cloud.warm_making import Shape
-from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, write_seed
-from oscloudd.host.images import create_overlay, durable
+from oscloudd.host.images import durable
 from oscloudd.host.processes import find_processes_in, open_process
 from oscloudd.host.scopes import rename_scope
 from oscloudd.host.sessions import end_session
@@ -53,35 +47,23 @@ class VmSteps:
         self,
         config: Config,
         states: VmStates,
-        templates: Templates,
         supervisor: Supervisor,
-        warm_images: WarmImages,
-        pool: WarmPool,
+        first_starts: FirstStarts,
         slots: StartSlots,
         suspension: Suspension,
-        events: Events,
     ) -> None:
         self._config = config
         self._states = states
-        self._templates = templates
         self._supervisor = supervisor
-        self._warm_images = warm_images
-        self._pool = pool
+        self._first_starts = first_starts
         self._slots = slots
         self._suspension = suspension
-        self._events = events
 
     # Making and starting
 
     async def disk(self, job: Job) -> None:
         """Make the vm's disk, an overlay on its template; a spare brings its own."""
-        vm = await self._get(job)
-        if self._pool.find_claimed(job.params.get("spare")) is not None:
-            return
-        async with self._slots:
-            began = time.monotonic()
-            await self._make_disk(vm, await self._warm_image_of(job, vm))
-            job.timings["overlay"] = time.monotonic() - began
+        await self._first_starts.make_disk(job, await self._get(job))
 
     async def seed(self, job: Job) -> None:
         """Write the NoCloud seed, for images that have cloud-init."""
@@ -105,15 +87,10 @@ class VmSteps:
         # Its last qemu's end may still be being written down, and its directory removed.
         await self._supervisor.released(vm.id)
         await self.end_stray(vm)
-        if await self._take_spare(job, vm):
+        if await self._first_starts.take_spare(job, vm):
             return
         async with self._slots:
-            warm = await self._warm_image_of(job, vm)
-            if _lacks_disk(job, vm, warm):
-                await self._make_disk(vm, warm)
-            if warm is not None:
-                await self._spawn_warm(job, vm, warm)
-            else:
+            if not await self._first_starts.spawn_clone(job, vm):
                 await self._spawn(job, vm)
 
     async def running(self, job: Job) -> None:
@@ -125,9 +102,7 @@ class VmSteps:
         # From its first step on the guest may write to its disk.
         await self._suspension.drop(vm)
         await self._supervisor.let_run(vm)
-        if vm.started == "warm" and not vm.identified:
-            with self._slots.without_turn():
-                await self._see_told(job, vm)
+        await self._first_starts.see_told(job, vm)
 
     async def booting(self, job: Job) -> None:
         """Wait until the guest has its identity and can be logged into."""
@@ -135,7 +110,7 @@ class VmSteps:
         job.booting_pid = vm.pid
         await self._supervisor.settled(vm.id, job.report)
         if job.kind == "vm_create" and vm.started == "cold":
-            self._warm_images.consider(vm.template, vm.mem_size, vm.cpus)
+            self._first_starts.keep_warm(vm)
         job.report("done", f"{vm.name} is ready at {vm.ip}", 1.0)
 
     # Ending
@@ -204,7 +179,7 @@ class VmSteps:
 
     async def undo_create(self, job: Job, error: BaseException) -> None:
         """Remove a vm that could not be made, unless its creator was told that there is one."""
-        await self._pool.end_claimed(job.params.get("spare"))
+        await self._first_starts.give_up(job)
         vm = await self._states.find(job.vm_id)
         if vm is None or vm.wanted_state == WantedState.STOPPED:
             return  # its user has stopped it meanwhile, and that stands
@@ -320,83 +295,6 @@ class VmSteps:
         else:
             await self._suspension.drop_unfinished(vm)
 
-    # Warm
-
-    async def _warm_image_of(self, job: Job, vm: VmRecord) -> WarmImage | None:
-        """Give what a new vm begins with; None for one that has its identity, or begins cold."""
-        if vm.warm_image is None or not _is_to_begin_warm(job, vm):
-            return None
-        if not job.is_resumed:
-            return self._warm_images.get(vm.warm_image)
-        # Another qemu may have been installed since it was chosen.
-        shape = Shape(self._templates.get_ready(vm.template), vm.mem_size, vm.cpus)
-        return await self._warm_images.get_fitting(vm.warm_image, shape)
-
-    async def _take_spare(self, job: Job, vm: VmRecord) -> bool:
-        """Make the spare that was claimed for a vm its qemu; False where it has none that works."""
-        spare = self._pool.find_claimed(job.params.get("spare"))
-        if spare is None:
-            return False
-        try:
-            with self._slots.without_turn():
-                await self._supervisor.take(vm, spare, job.timings)
-        except CloudError as error:
-            await self._pool.end_claimed(spare.uuid)
-            message = f"its spare clone can't be used, and another is restored: {error.message}"
-            _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
-            await self._events.warn(vm.name, message, vm_id=vm.id)
-            return False
-        self._pool.taken(spare)
-        return True
-
-    async def _spawn_warm(self, job: Job, vm: VmRecord, warm: WarmImage) -> None:
-        try:
-            start = await self._warm_images.open(warm)
-            await self._supervisor.spawn(vm, job.timings, start)
-        except HostError as error:
-            await self._fall_back(job, vm, error)
-            await self._make_disk(vm)
-            await self._supervisor.spawn(vm, job.timings)
-
-    async def _see_told(self, job: Job, vm: VmRecord) -> None:
-        """See that a clone takes its identity in; one that does not is started cold, once."""
-        try:
-            await self._supervisor.identified(vm.id)
-        except CloudError as error:
-            await self._fall_back(job, vm, error)
-            await self._states.see(vm.id, VmState.STOPPING)
-            qemu = self._supervisor.find(vm.id)
-            if qemu is not None:
-                await qemu.stop(force=True)
-            await self._supervisor.released(vm.id)
-            await self._states.see(vm.id, VmState.STARTING)
-            await self._make_disk(vm)
-            await self._supervisor.spawn(vm, job.timings)
-            await self._supervisor.let_run(await self._get(job))
-
-    async def _fall_back(self, job: Job, vm: VmRecord, error: CloudError) -> None:
-        message = f"it is started cold, since its warm start failed: {error.message}"
-        _log.warning("vm %d (%s): %s", vm.id, vm.name, message)
-        job.report("starting", message)
-        await self._events.warn(vm.name, message, vm_id=vm.id)
-
-    async def _make_disk(self, vm: VmRecord, warm: WarmImage | None = None) -> None:
-        """Make a fresh overlay on what the vm's disk stands on.
-
-        One to begin warm with is as large as the frozen disk; the clone's machine makes it larger.
-        """
-        template = self._templates.get_ready(vm.template)
-        paths = self._paths(vm)
-        for directory in (paths.disk_directory, paths.qemu_log.parent):
-            directory.mkdir(parents=True, exist_ok=True)
-        if warm is not None:
-            await make_clone_disk(paths.disk, warm)
-            return
-        base, base_format = template.image, template.declaration.image.format
-        if vm.warm_image is not None:
-            base, base_format = frozen_disk(self._config, vm.warm_image), "qcow2"
-        await create_overlay(paths.disk, base, base_format, vm.disk_size)
-
     # Shared
 
     async def demolish(self, vm: VmRecord) -> None:
@@ -463,19 +361,6 @@ class VmSteps:
 
     def _paths(self, vm: VmRecord) -> VmPaths:
         return vm_paths(self._config, vm.id, vm.disk_id)
-
-
-def _is_to_begin_warm(job: Job, vm: VmRecord) -> bool:
-    return job.kind == "vm_create" and vm.warm_image is not None and not vm.identified
-
-
-def _lacks_disk(job: Job, vm: VmRecord, warm: WarmImage | None) -> bool:
-    """Tell whether a vm made to begin warm has no disk yet, or none for what it begins with now.
-
-    What a clone that ran has written does not go with the memory it began with.
-    """
-    is_other = warm is None or job.is_resumed or "spare" in job.params
-    return is_other and _is_to_begin_warm(job, vm)
 
 
 def _forget(vm_id: int) -> None:
