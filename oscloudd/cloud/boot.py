@@ -56,16 +56,17 @@ class Boot:
             held.settling = asyncio.create_task(self._settle(seen, held), name=f"vm {vm.id} boot")
             held.settling.add_done_callback(_retrieve)
         elif seen is not None and seen.ready:
-            await self._attend_document(seen, held)
+            self._attend_document(seen, held, await self._states.seed_document(vm.id))
         held.attended.set()
 
     async def _settle(self, vm: VmRecord, held: Held) -> None:
         is_new = not vm.identified
         began = time.monotonic()
+        document = await self._states.seed_document(vm.id)
         if is_new and vm.started == "warm":
-            await self._tell_clone(vm, held)
+            await self._tell_clone(vm, held, document)
             held.timings["identity"] = time.monotonic() - began
-        keeping = await self._attend_document(vm, held)
+        keeping = self._attend_document(vm, held, document)
         if is_new and vm.started == "cold" and keeping is not None:
             held.on_stage("booting", "waiting for its first boot")
             await self._until_told(vm, keeping)
@@ -77,20 +78,20 @@ class Boot:
         held.timings["banner"] = time.monotonic() - began
         await self._states.record_ready(vm.id, held.timings)
 
-    async def _tell_clone(self, vm: VmRecord, held: Held) -> None:
+    async def _tell_clone(self, vm: VmRecord, held: Held, document: str) -> None:
         if held.is_adopted:
             # It does not ask, so nobody can tell how much of it an earlier daemon has told.
             raise HostError("the daemon that was telling it who it is has ended")
         held.on_stage("booting", "telling the clone who it is")
-        document = await self._states.seed_document(vm.id)
         with held.qemu.open_channel() as channel:
             tell = partial(tell_clone, channel, document, seconds=_CLONE_SECONDS)
             await converse(tell, channel)
         await self._states.record_identified(vm.id)
 
-    async def _attend_document(self, vm: VmRecord, held: Held) -> "asyncio.Task[None] | None":
+    def _attend_document(
+        self, vm: VmRecord, held: Held, document: str
+    ) -> "asyncio.Task[None] | None":
         """See that the guest keeps what it is told, in the background; None when it has."""
-        document = await self._states.seed_document(vm.id)
         if document and held.keeping is None:
             keeping = self._until_kept(vm, held, document)
             held.keeping = asyncio.create_task(keeping, name=f"vm {vm.id} identity")

@@ -44,7 +44,7 @@ from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.suspend import restore_whole, transfer_seconds
-from oscloudd.machine.warm import resize_disk, restore_or_end
+from oscloudd.machine.warm import resize_disk, restore_or_end, restoring
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -160,7 +160,10 @@ class Supervisor:
             await restore_or_end(held.qemu, warm.state, vm.disk_size)
             held.timings["restore"] = time.monotonic() - began
         if saved is not None:
-            await _restore_saved(vm, held, saved)
+            began, limit = time.monotonic(), transfer_seconds(vm.mem_size)
+            async with restoring(held.qemu, "its saved memory"):
+                await restore_whole(held.qemu, saved.descriptor, timeout_seconds=limit)
+            held.timings["restore"] = time.monotonic() - began
         started = vm.started if saved is not None else "cold" if warm is None else "warm"
         await self._states.record_process(vm.id, held.qemu.identity, accelerator.name, started)
         self._hold(vm, held)
@@ -443,20 +446,6 @@ class Supervisor:
 def scope_of(vm: VmRecord) -> VmScope:
     """Give the scope that a vm's qemu is in, where systemd runs."""
     return VmScope(vm.id, vm.name, vm.mem_size, vm.cpus)
-
-
-async def _restore_saved(vm: VmRecord, held: Held, saved: SavedState) -> None:
-    """Have a qemu take a suspended guest; one that does not is ended. Raises HostError."""
-    began, limit = time.monotonic(), transfer_seconds(vm.mem_size)
-    try:
-        await restore_whole(held.qemu, saved.descriptor, timeout_seconds=limit)
-    except (CloudError, OSError) as error:
-        await held.qemu.stop(force=True)
-        await held.qemu.close()
-        details = error.details if isinstance(error, CloudError) else {}
-        message = f"its saved memory can't be restored: {error}"
-        raise HostError(message, **details) from error
-    held.timings["restore"] = time.monotonic() - began
 
 
 def _write_ending(vm_id: int, ending: Ending) -> bool:

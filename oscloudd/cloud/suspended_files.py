@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from oscloudd.errors import HostError
-from oscloudd.host.images import durable
+from oscloudd.host.images import durable, sha256_of
 
 MANIFEST, STATE = "suspended.json", "state"
 
@@ -98,12 +98,9 @@ class SuspendedFiles:
 
     def measure(self) -> tuple[int, str]:
         """Give size and SHA-256 of the state that was written."""
-        try:
-            with (self.part / STATE).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                return os.fstat(file.fileno()).st_size, digest
-        except OSError as error:
-            raise HostError(f"{self.part / STATE} can't be read: {error.strerror}") from error
+        path = self.part / STATE
+        digest = sha256_of(path)
+        return path.stat().st_size, digest
 
     def publish(self, manifest: Manifest) -> None:
         """Make what was written durable and give it its name."""

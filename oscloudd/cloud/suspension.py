@@ -101,21 +101,22 @@ class Suspension:
 
     # Resuming
 
-    async def check(self, vm: VmRecord) -> None:
+    async def check(self, vm: VmRecord) -> Manifest | None:
         """Raise InvalidStateError or HostError if a vm can't go on from its saved memory.
 
-        The memory itself is looked at only by `opened`. A vm that was not suspended passes.
+        The memory itself is looked at only by `opened`. A vm that was not suspended passes: None.
         """
         files = self._files(vm)
         if not files.exists():
             if vm.state == VmState.SUSPENDED:
                 raise _with_hint(vm, HostError(f"{files.directory} is missing"))
-            return
+            return None
         try:
             manifest = await asyncio.to_thread(files.read_manifest)
         except HostError as error:
             raise _with_hint(vm, error) from error
         await self._check_machine(vm, manifest)
+        return manifest
 
     @asynccontextmanager
     async def opened(self, vm: VmRecord) -> AsyncIterator[SavedState | None]:
@@ -123,14 +124,12 @@ class Suspension:
 
         Raises HostError when it is damaged, and what `check` raises.
         """
-        if not self.is_saved(vm):
+        manifest = await self.check(vm) if self.is_saved(vm) else None
+        if manifest is None:
             yield None
             return
-        await self.check(vm)
-        files = self._files(vm)
         try:
-            manifest = await asyncio.to_thread(files.read_manifest)
-            descriptor = await asyncio.to_thread(files.open_state, manifest)
+            descriptor = await asyncio.to_thread(self._files(vm).open_state, manifest)
         except HostError as error:
             raise _with_hint(vm, error) from error
         try:

@@ -5,7 +5,6 @@ rename, so it is there whole or not at all.
 """
 
 import asyncio
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -33,7 +32,7 @@ from oscloudd.errors import (
     InvalidStateError,
 )
 from oscloudd.host.downloads import download, fetch_checksum
-from oscloudd.host.images import check_downloaded_image, durable, image_info
+from oscloudd.host.images import check_downloaded_image, durable, image_info, sha256_of
 from oscloudd.host.transient_services import run_apart
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
@@ -233,8 +232,7 @@ def _seal(making: Path, declaration: Declaration) -> None:
         # Kernel and initrd are opened again by qemu's own user, hence readable by all.
         (making / name).chmod(0o444)
         durable(making / name)
-    with (making / declaration.image.file).open("rb") as image:
-        digest = hashlib.file_digest(image, "sha256").hexdigest()
+    digest = sha256_of(making / declaration.image.file)
     (making / DIGEST).write_text(f"sha256:{digest}\n")
     durable(making / DIGEST)
 

@@ -23,6 +23,7 @@ from oscloudd.host.images import (
     create_overlay,
     durable,
     publish,
+    sha256_of,
     virtual_size_bytes,
 )
 from oscloudd.machine.sealed_memory import load_memory
@@ -109,7 +110,7 @@ class WarmImage:
         Raises HostError when one of them is missing or damaged.
         """
         self.read_state()
-        if digest_of(self.disk) != self.manifest.disk_sha256:
+        if sha256_of(self.disk) != self.manifest.disk_sha256:
             raise HostError(f"{self.disk} is damaged", hint="it will be made anew")
         return load_memory(self.memory, self.manifest.mem_size, self.manifest.memory_sha256)
 
@@ -157,15 +158,6 @@ def read_warm(directory: Path) -> WarmImage | None:
     ours = all(stat.S_ISREG(each.st_mode) and each.st_uid == os.geteuid() for each in found)
     whole = [each.st_size for each in found[:2]] == [manifest.mem_size, manifest.state_bytes]
     return WarmImage(directory, manifest) if ours and whole else None
-
-
-def digest_of(path: Path) -> str:
-    """Give a file's SHA-256, in hexadecimal; blocks. Raises HostError when it can't be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise HostError(f"{path} can't be read: {error.strerror}") from error
 
 
 def seal(making: Path, manifest: Manifest, final: Path) -> None:

@@ -30,7 +30,6 @@ from oscloudd.cloud.warm_files import (
     Manifest,
     WarmImage,
     WarmStart,
-    digest_of,
     make_blank_overlay,
     read_warm,
     seal,
@@ -39,6 +38,7 @@ from oscloudd.cloud.warm_files import (
 from oscloudd.cloud.warm_making import Made, Shape, WarmMaker
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidArgumentError
+from oscloudd.host.images import sha256_of
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -268,7 +268,7 @@ class WarmImages:
             memory_sha256=made.memory_sha256,
             state_bytes=len(state),
             state_sha256=hashlib.sha256(state).hexdigest(),
-            disk_sha256=await asyncio.to_thread(digest_of, making / DISK),
+            disk_sha256=await asyncio.to_thread(sha256_of, making / DISK),
         )
         await asyncio.to_thread(seal, making, manifest, final)
 
@@ -343,4 +343,4 @@ def _count_uses() -> dict[str, int]:
 
 @cache
 def _digest(path: Path, _changed_ns: int) -> str:
-    return digest_of(path)
+    return sha256_of(path)

@@ -7,7 +7,6 @@ already and of which version of the file. What the file is for is the caller's.
 import asyncio
 import contextlib
 import errno
-import hashlib
 import http.client
 import json
 import logging
@@ -22,7 +21,7 @@ from typing import IO, cast
 from urllib.parse import urlsplit
 
 from oscloudd.errors import ExhaustedError, HostError, InvalidArgumentError, NotFoundError
-from oscloudd.host.images import publish
+from oscloudd.host.images import publish, sha256_of
 from oscloudd.host.resources import disk_free_bytes
 
 _log = logging.getLogger(__name__)
@@ -192,8 +191,7 @@ class _Transfer:
             raise _ConnectionCutError(str(error) or type(error).__name__) from error
 
     def _check(self, expected_sha256: str) -> None:
-        with self._part.open("rb") as part:
-            digest = hashlib.file_digest(part, "sha256").hexdigest()
+        digest = sha256_of(self._part)
         if digest != expected_sha256:
             self._forget()
             raise HostError(

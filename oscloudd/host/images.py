@@ -5,6 +5,7 @@ name any file of the host as its backing or data file. `qemu-img` always gets th
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -226,6 +227,15 @@ def publish(part: Path, destination: Path) -> None:
     _sync(part)
     part.replace(destination)
     _sync(destination.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Give a file's SHA-256, in hexadecimal; blocks. Raises HostError when it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HostError(f"{path} can't be read: {error.strerror}") from error
 
 
 def _name(path: Path) -> str:

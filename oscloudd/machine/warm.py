@@ -9,8 +9,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -60,18 +60,29 @@ async def restore_or_end(qemu: Qemu, state: bytes, disk_bytes: int | None = None
 
     Raises HostError when that fails; qemu has been ended and let go of then.
     """
-    try:
+    async with restoring(qemu, "the warm image"):
         with tempfile.TemporaryFile() as file:
             file.write(state)
             file.seek(0)
             await restore(qemu, file.fileno())
         if disk_bytes is not None:
             await resize_disk(qemu, disk_bytes)
+
+
+@asynccontextmanager
+async def restoring(qemu: Qemu, what: str) -> AsyncIterator[None]:
+    """End a qemu and let go of it if what is done inside fails, which is to restore `what`.
+
+    Raises HostError then, with the details of what was raised inside.
+    """
+    try:
+        yield
     except BaseException as error:
         await qemu.stop(force=True)
         await qemu.close()
         if isinstance(error, CloudError | OSError):
-            raise HostError(f"the warm image can't be restored: {error}") from error
+            details = error.details if isinstance(error, CloudError) else {}
+            raise HostError(f"{what} can't be restored: {error}", **details) from error
         raise
 
 
