@@ -201,11 +201,7 @@ def kill_at(
     try:
         was = prepare(box, case)
         last_job = box.rows("SELECT COALESCE(MAX(id), 0) FROM job")[0][0]
-        box.arm(death)
-        with Question(box, case.method, **case.params) as question:
-            question.read()
-        assert question.error is None, question.error
-        died = is_dead(box) or not question.is_answered
+        question, died = ask_to_die(box, death, case.method, **case.params)
         if died and again is not None:
             wait_for_death(box)
             died = not (box.start_or_die(again) and settle_or_die(box)) or is_dead(box)
@@ -231,6 +227,24 @@ def kill_at(
         bench.discard()
         raise
     return died
+
+
+def ask_to_die(box: ZygoteBox, death: Death, method: str, **params: Any) -> tuple[Question, bool]:
+    """Ask for what the daemon is to die in; give the question, and whether it did or will."""
+    box.arm(death)
+    with Question(box, method, **params) as question:
+        question.read()
+    assert question.error is None, question.error
+    return question, is_dead(box) or not question.is_answered
+
+
+def count_deaths(kill: Callable[[int], bool], stride: int = 1) -> int:
+    """Kill at number 1, and on by `stride`, until a daemon comes to rest before; give the last."""
+    number = 1
+    while kill(number):
+        number += stride
+        assert number < MOST
+    return number - stride
 
 
 def is_dead(box: ZygoteBox) -> bool:
@@ -296,31 +310,27 @@ def test_killed_at_a_step(bench: Bench, kind: str, death: Death) -> None:
 @pytest.mark.parametrize("at", ["transaction", "process", "renaming", "durable"])
 @pytest.mark.parametrize("kind", CASES)
 def test_killed_at_every(bench: Bench, kind: str, at: str, when: str) -> None:
-    number = 1
-    while kill_at(bench, kind, Death(at, number, when)):
-        number += 1
-        assert number < MOST
-    print(f"{kind}: killed {when} {number - 1} {at}(s)")
+    deaths = count_deaths(lambda number: kill_at(bench, kind, Death(at, number, when)))
+    print(f"{kind}: killed {when} {deaths} {at}(s)")
 
 
 @pytest.mark.parametrize("at", ["transaction", "process"])
 def test_killed_with_the_qemu_of_a_warm_vm(bench: Bench, at: str) -> None:
     # What a clone has written by then does not go with the memory it began with.
-    number = 1
-    while kill_at(bench, "vm_create warm", Death(at, number, "after"), with_qemu=True):
-        number += 1
-        assert number < MOST
-    print(f"killed with its qemu after {number - 1} {at}(s)")
+    def kill(number: int) -> bool:
+        return kill_at(bench, "vm_create warm", Death(at, number, "after"), with_qemu=True)
+
+    print(f"killed with its qemu after {count_deaths(kill)} {at}(s)")
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_killed_at_transactions_of_the_recovery(bench: Bench, kind: str) -> None:
     first_step = Death("step", 1, "before", CASES[kind].method)
-    number = 1
-    while kill_at(bench, kind, first_step, Death("transaction", number, "after")):
-        number += STRIDE
-        assert number < MOST
-    print(f"{kind}: killed after transactions 1 to {number - STRIDE} of the recovery")
+
+    def kill(number: int) -> bool:
+        return kill_at(bench, kind, first_step, Death("transaction", number, "after"))
+
+    print(f"{kind}: killed after transactions 1 to {count_deaths(kill, STRIDE)} of the recovery")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
