@@ -111,15 +111,22 @@ def template_build(session: Session, /, templates: tuple[str, ...], **output: bo
 @click.argument("template", shell_complete=complete_from("template_list"))
 @click.option("--mem-size", metavar="SIZE", help="Memory of the vms it is for.  [default: 1G]")
 @click.option("--cpus", type=int, metavar="N", help="Their processors.  [default: 1]")
+@click.option("--disk-size", metavar="SIZE", help="The smallest of their disks.  [default: 10G]")
 @no_wait_option
 @output_options
 @socket_option
 @pass_session
 def template_warm(
-    session: Session, /, template: str, mem_size: str | None, cpus: int | None, **output: bool
+    session: Session,
+    /,
+    template: str,
+    mem_size: str | None,
+    cpus: int | None,
+    disk_size: str | None,
+    **output: bool,
 ) -> int:
     """Boot a template once, for fast new vms."""
-    shape = {"mem_size": mem_size, "cpus": cpus}
+    shape = {"mem_size": mem_size, "cpus": cpus, "disk_size": disk_size}
     return _make_each(session, "template_warm", (template,), shape, **output)
 
 

@@ -476,10 +476,18 @@ class FakeQemu:
         self.login()
 
     def read_channel(self, data: bytes) -> None:
-        """Take a clone's document: a word, its lines, and the word again."""
+        """Take what a clone is told: a document, which ends with "return", or to rest."""
         self.told += data
-        end = self.told.split(b"\n")[0]
-        if not self.is_warm or not end or self.told.count(end + b"\n") < 2:
+        if self.told == b"rest\n":
+            self.told = b""
+            self.write_mark(MARK)
+            self.channel.send(b"oscloud-identity: kept\n")
+            return
+        if not self.is_warm or not self.told.endswith(b"\nreturn\n"):
+            return
+        if b"rehearse=" in self.told:
+            self.told = b""
+            self.channel.send(b"oscloud-identity: rehearsed\n")
             return
         if self.fault == "crash_when_told":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -489,8 +497,6 @@ class FakeQemu:
             return
         self.channel.send(b"oscloud-identity: applied\n")
         self.login()
-        self.write_mark(MARK)
-        self.channel.send(b"oscloud-identity: kept\n")
 
 
 def is_postponement(lines: list[str]) -> bool:

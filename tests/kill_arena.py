@@ -58,8 +58,8 @@ class Arena:
             self.box = self.open_box()
             self._is_open = True
             self.box.start()
-            image, mem_size = self.creation.get("image", IMAGE), self.creation["mem_size"]
-            self.box.call("template_warm", template=image, mem_size=mem_size)
+            shape = {name: self.creation[name] for name in ("mem_size", "disk_size")}
+            self.box.call("template_warm", template=self.creation.get("image", IMAGE), **shape)
             if "image" not in self.creation:
                 for name in self.names:
                     self._stack.enter_context(self.box.sshd_at(self.address(name)))

@@ -26,7 +26,7 @@ class SpareBox(ZygoteBox):
 
     def warm(self) -> None:
         """Make the warm image."""
-        self.call("template_warm", template=IMAGE, mem_size=MEM_SIZE)
+        self.call("template_warm", template=IMAGE, mem_size=MEM_SIZE, disk_size="16M")
 
     def count_spares(self) -> int:
         warm = self.call("template_info", template=IMAGE)["warm"]

@@ -22,7 +22,7 @@ from oscloudd.store.database import Database
 
 SIZE = 2
 TOTAL_BYTES = 100
-MANIFEST_OF_NOTHING = Manifest("key", "tiny", 0, 1, 0.0, "", 0, "", "")
+MANIFEST_OF_NOTHING = Manifest("key", "tiny", 0, 1, 0, 0.0, "", 0, "", "")
 
 
 class Qemu:

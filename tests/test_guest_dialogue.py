@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from oscloudd.errors import HostError
-from oscloudd.guest.dialogue import hear_kept, tell_clone, tell_identity
+from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity
 
 READY = b"[    0.1] Linux\r\noscloud-identity: ready\r\n"
 APPLIED = b"oscloud-identity: applied\r\n"
@@ -52,7 +52,7 @@ def test_a_clone_that_says_all_at_once_is_heard_twice() -> None:
         guest.sendall(b"oscloud-identity: applied\noscloud-identity: kept\n")
         tell_clone(host, "hostname=d2Vi\n", seconds=10)
         host.settimeout(10)
-        hear_kept(host)
+        let_rest(host)
 
 
 def test_a_guest_that_can_not_take_it_says_why() -> None:

@@ -143,7 +143,7 @@ def test_a_request_that_is_refused_leaves_the_spares_as_they_are(cloud: GuestClo
 
 def test_more_at_once_than_there_are_spares(cloud: GuestCloud) -> None:
     jobs = [
-        cloud.call("vm_create", name=f"many{number}", image="tiny", disk_size="1G", wait="none",
+        cloud.call("vm_create", name=f"many{number}", image="tiny", wait="none",
                    ip=f"192.168.9.{number + 2}", **SHAPE)
         for number in range(SIZE + 2)
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def test_a_vm_goes_on_where_it_stood(cloud: GuestCloud, web: dict[str, Any]) -> 
 
 
 def test_a_clone_goes_on_after_daemons_have_come_and_gone(cloud: GuestCloud) -> None:
-    cloud.call("template_warm", template="tiny", mem_size="256M", cpus=1)
+    cloud.call("template_warm", template="tiny", mem_size="256M", disk_size="1G")
     vm = cloud.create("clone", warm="only")
     assert vm["started"] == "warm"
     cloud.ssh(vm, LEAVE_TRACES)

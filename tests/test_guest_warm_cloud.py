@@ -13,7 +13,7 @@ from guest_cloud import BOOT_ID, GuestCloud, open_cloud
 
 pytestmark = pytest.mark.guest
 
-SHAPE = {"mem_size": "256M", "cpus": 1}
+SHAPE = {"mem_size": "256M", "cpus": 1, "disk_size": "1G"}
 MANY = 20
 FEW = 3
 RANDOM_BYTES = 64
@@ -79,8 +79,8 @@ def create_at_once(cloud: GuestCloud, template: str, size: int) -> list[dict[str
     public = cloud.key.with_suffix(".pub").read_text().strip()
     for number in range(size):
         cloud.call(
-            "vm_create", name=f"clone-{number}", image=template, disk_size="3G", warm="only",
-            ssh_key=[public], wait="none", **SHAPE,
+            "vm_create", name=f"clone-{number}", image=template, warm="only",
+            ssh_key=[public], wait="none", **{**SHAPE, "disk_size": "3G"},
         )  # fmt: skip
     return [cloud.wait({"id": f"clone-{number}"}) for number in range(size)]
 

@@ -124,7 +124,8 @@ class Bench:
             self.box.start()
             for address in (ADDRESS, OTHER_ADDRESS):
                 self._stack.enter_context(self.box.sshd_at(address))
-            self.box.call("template_warm", template=IMAGE, mem_size=CREATION["mem_size"])
+            shape = {name: CREATION[name] for name in ("mem_size", "disk_size")}
+            self.box.call("template_warm", template=IMAGE, **shape)
             self.bystander = self.box.create("shop", ip=OTHER_ADDRESS, wait="ready")
         return self.box
 

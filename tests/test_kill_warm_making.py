@@ -37,7 +37,7 @@ def box(fake_qemu_binary: Path) -> Iterator[ZygoteBox]:
 
 def kill_at(box: ZygoteBox, death: Death) -> bool:
     """Have the daemon die making an image; False when it had come to rest before."""
-    shape = {"mem_size": f"{next(SIZES)}M"}
+    shape = {"mem_size": f"{next(SIZES)}M", "disk_size": "16M"}
     last_job = box.rows("SELECT COALESCE(MAX(id), 0) FROM job")[0][0]
     question, died = ask_to_die(box, death, "template_warm", template=IMAGE, **shape)
     if died:

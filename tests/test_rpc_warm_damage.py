@@ -75,7 +75,7 @@ def cloud(shared_box: Box) -> Iterator[Box]:
 
 def make_image(box: Box) -> tuple[dict[str, Any], Path]:
     """Make an image of a shape that no other test has; give the shape and its directory."""
-    shape = {"mem_size": f"{next(SIZES)}M"}
+    shape = {"mem_size": f"{next(SIZES)}M", "disk_size": "16M"}
     box.call("template_warm", template=IMAGE, **shape)
     [name] = names_of(box, shape)
     return shape, box.root / "state/warm" / name

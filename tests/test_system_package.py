@@ -242,7 +242,7 @@ def test_a_template_is_built_with_rights_the_daemon_has_not(host: Host) -> None:
 
 
 def test_a_new_vm_need_not_boot(host: Host) -> None:
-    host.run("oscloudctl", "template-warm", "tiny", "--mem-size", "256M")
+    host.run("oscloudctl", "template-warm", *SMALL[1:])
     host.run("oscloudctl", "vm-create", "clone", *SMALL, "--warm", "only")
     assert host.info("clone")["started"] == "warm"
     assert host.ssh("clone", "hostname") == "clone"

@@ -23,7 +23,7 @@ from unittest.mock import patch
 from guest_cloud import ROOT, kept_template
 
 from oscloudd.guest import identity
-from oscloudd.guest.dialogue import postpone_identity, tell_clone
+from oscloudd.guest.dialogue import let_rest, postpone_identity, tell_clone
 from oscloudd.guest.identity import GuestIdentity, build_document, make_machine_id
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.host.images import create_overlay
@@ -163,7 +163,8 @@ class Rig:
             await qemu.resume()
             document = build_document(identity)
             await asyncio.to_thread(tell_clone, channel, document, seconds=CLONE_SECONDS)
-        await wait_ssh_banner(identity.address, timeout_seconds=CLONE_SECONDS)
+            await wait_ssh_banner(identity.address, timeout_seconds=CLONE_SECONDS)
+            await asyncio.to_thread(let_rest, channel)
         return Guest(number, identity, qemu)
 
     async def start_cold(self, guest: Guest) -> None:

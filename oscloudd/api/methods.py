@@ -185,10 +185,12 @@ async def _event_watch(_cloud: Cloud, params: EventWatchParams, caller: Caller) 
 
 
 async def _template_warm(cloud: Cloud, params: TemplateWarmParams, caller: Caller) -> object:
-    size = parse_size(params.mem_size, parameter="mem_size")
+    mem_size = parse_size(params.mem_size, parameter="mem_size")
+    disk_size = parse_size(params.disk_size, parameter="disk_size")
     order = _order(caller, wait=params.wait)
     _check_cpus(params.cpus)
-    job = await cloud.warm_images.warm(params.template, size, params.cpus, order)
+    warming = cloud.warm_images.warm(params.template, mem_size, params.cpus, disk_size, order)
+    job = await warming
     return await cloud.template_info(params.template) if params.wait else job
 
 

@@ -57,6 +57,7 @@ class TemplateWarmParams(TemplateJobParams, frozen=True):
 
     mem_size: int | str = "1G"
     cpus: int = 1
+    disk_size: int | str = "10G"
 
 
 class VmCreateParams(Params, frozen=True):

@@ -7,12 +7,13 @@ from functools import partial
 
 from oscloudd.cloud.dialogues import converse
 from oscloudd.cloud.held import Held
+from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
-from oscloudd.guest.dialogue import hear_kept, tell_clone, tell_identity
+from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
 from oscloudd.machine.telnet import TelnetServer
@@ -28,13 +29,17 @@ _QUESTION_SECONDS = 10.0
 # A clone answers in 0.3 s on an idle machine.
 _CLONE_SECONDS = 60.0
 
+# What others' starts may put off that nobody waits for; a guest that is not told waits 60 s.
+_REST_SECONDS = 30.0
+
 
 class Boot:
     """Attends to guests that have begun to run, new and adopted."""
 
-    def __init__(self, config: Config, states: VmStates) -> None:
+    def __init__(self, config: Config, states: VmStates, slots: StartSlots) -> None:
         self._config = config
         self._states = states
+        self._slots = slots
 
     async def attend(self, vm: VmRecord, held: Held) -> None:
         """Open the serial port and see the guest through its boot, in the background."""
@@ -107,7 +112,7 @@ class Boot:
         boot_seconds = BOOT_SECONDS if not vm.identified and vm.started == "cold" else None
         waiting = [asyncio.create_task(self._answer(held, document, boot_seconds))]
         if vm.started == "warm":
-            waiting.append(asyncio.create_task(self._hear_kept(held)))
+            waiting.append(asyncio.create_task(self._let_rest(held)))
         try:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -123,9 +128,13 @@ class Boot:
             tell = partial(tell_identity, line, document, boot_seconds=boot_seconds)
             await converse(tell, line)
 
-    async def _hear_kept(self, held: Held) -> None:
+    async def _let_rest(self, held: Held) -> None:
+        """Let a clone write its identity down, and do the rest, when nobody waits for a vm."""
+        if held.settling is not None:
+            await asyncio.wait({held.settling})
+        await self._slots.wait_idle(_REST_SECONDS)
         with held.qemu.open_channel() as channel:
-            await converse(partial(hear_kept, channel), channel)
+            await converse(partial(let_rest, channel), channel)
 
     async def _until_told(self, vm: VmRecord, keeping: "asyncio.Task[None]") -> None:
         """Wait for the end of `keeping`, or for a guest that turns out to have its identity.

@@ -84,8 +84,16 @@ class Cloud:
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
         self._leftovers = Leftovers(config, database, self.networks, self.events)
+        slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
-            config, database, self.states, self.networks, self.templates, user, self._accelerator
+            config,
+            database,
+            self.states,
+            self.networks,
+            self.templates,
+            user,
+            self._accelerator,
+            slots,
         )
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
@@ -93,7 +101,6 @@ class Cloud:
         self._spares = SpareMaker(
             config, database, self.templates, self.warm_images, user, self._accelerator
         )
-        slots = StartSlots(config.limits.max_parallel_starts)
         self._pool = WarmPool(config, self.warm_images, self._spares, slots)
         self.warm_images.on_made = self._pool.stir
         self.warm_images.stood_on = self._pool.images

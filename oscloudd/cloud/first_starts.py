@@ -109,7 +109,7 @@ class FirstStarts:
 
     def keep_warm(self, vm: VmRecord) -> None:
         """A vm of this shape has booted: the next one need not."""
-        self._warm_images.consider(vm.template, vm.mem_size, vm.cpus)
+        self._warm_images.consider(vm.template, vm.mem_size, vm.cpus, vm.disk_size)
 
     async def give_up(self, job: Job) -> None:
         """End the spare of a vm that is not to be."""
@@ -122,7 +122,7 @@ class FirstStarts:
         if not job.is_resumed:
             return self._warm_images.get(vm.warm_image)
         # Another qemu may have been installed since it was chosen.
-        shape = Shape(self._templates.get_ready(vm.template), vm.mem_size, vm.cpus)
+        shape = Shape(self._templates.get_ready(vm.template), vm.mem_size, vm.cpus, vm.disk_size)
         return await self._warm_images.get_fitting(vm.warm_image, shape)
 
     async def _spawn_cold(self, job: Job, vm: VmRecord) -> None:

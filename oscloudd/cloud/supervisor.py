@@ -21,6 +21,7 @@ from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.spare import Spare
+from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
 from oscloudd.cloud.suspended_files import SavedState
 from oscloudd.cloud.template_files import ReadyTemplate
@@ -72,6 +73,7 @@ class Supervisor:
         templates: Templates,
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
+        slots: StartSlots,
     ) -> None:
         self._config = config
         self._database = database
@@ -81,7 +83,7 @@ class Supervisor:
         self._user = user
         self._accelerator = accelerator
         self._held: dict[int, Held] = {}
-        self._boot = Boot(config, states)
+        self._boot = Boot(config, states, slots)
         self._heartbeat = Heartbeat(config, states, self._attend_again)
         self._expected: dict[int, asyncio.Event] = {}
         self.on_ended: Callable[[int], None] = lambda _vm_id: None

@@ -31,7 +31,7 @@ from oscloudd.cloud.vm_records import VmInfo, describe, read_vm
 from oscloudd.cloud.vm_states import insert_state_event
 from oscloudd.cloud.warm_files import WarmImage
 from oscloudd.cloud.warm_images import WarmImages
-from oscloudd.cloud.warm_making import Shape
+from oscloudd.cloud.warm_making import DEFAULT_DISK_SIZE, Shape
 from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import (
@@ -138,14 +138,15 @@ class VmCreator:
         mode = self._config.warm.mode if request.warm is None else request.warm
         if mode == "off":
             return None
-        shape = Shape(template, request.mem_size, request.cpus)
+        shape = Shape(template, request.mem_size, request.cpus, request.disk_size)
         warm = await self._warm_images.find(shape)
         if warm is None and mode == "only":
             raise InvalidStateError(
-                f"there is no warm image of {template.name} with mem_size {request.mem_size} and "
-                f"cpus {request.cpus}",
+                f"there is no warm image of {template.name} with mem_size {request.mem_size}, "
+                f"cpus {request.cpus} and a disk of at most {request.disk_size} bytes",
                 hint=f"make one: oscloudctl template-warm {template.name} "
-                f"--mem-size {format_size(request.mem_size)} --cpus {request.cpus}",
+                f"--mem-size {format_size(request.mem_size)} --cpus {request.cpus} "
+                f"--disk-size {format_size(min(request.disk_size, DEFAULT_DISK_SIZE))}",
             )
         if warm is not None:
             warm.mark_used()

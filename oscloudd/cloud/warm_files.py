@@ -50,6 +50,7 @@ class Manifest(msgspec.Struct, frozen=True):
     template: str
     mem_size: int
     cpus: int
+    disk_size: int
     made_at: float
     memory_sha256: str
     state_bytes: int

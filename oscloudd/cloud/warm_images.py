@@ -35,10 +35,10 @@ from oscloudd.cloud.warm_files import (
     seal,
     warm_directory,
 )
-from oscloudd.cloud.warm_making import Made, Shape, WarmMaker
+from oscloudd.cloud.warm_making import DEFAULT_DISK_SIZE, Made, Shape, WarmMaker, shape_of
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidArgumentError
-from oscloudd.host.images import sha256_of
+from oscloudd.host.images import sha256_of, virtual_size_bytes
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
@@ -58,6 +58,7 @@ class WarmInfo(msgspec.Struct, frozen=True):
     name: str
     mem_size: int
     cpus: int
+    disk_size: int
     size: int
     made_at: float
     last_used: float
@@ -96,7 +97,7 @@ class WarmImages:
         self._memories: dict[str, int] = {}
         self._damaged: set[str] = set()
         self._loading = asyncio.Lock()
-        self._begun: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+        self._begun: dict[tuple[str, int, int, int], asyncio.Task[None]] = {}
         self.on_made: Callable[[], None] = lambda: None
         self.stood_on: Callable[[], set[str]] = set
 
@@ -137,12 +138,16 @@ class WarmImages:
                 await self.memory_of(image)
 
     async def find(self, shape: Shape) -> WarmImage | None:
-        """Give a warm image that a vm of this shape can begin with."""
+        """Give a warm image that a vm of this shape can begin with; one that grows the least."""
         if not shape.can_be_warm:
             return None
         key = await self._key(shape)
-        found = [image for image in self._all() if image.manifest.key == key]
-        for image in sorted(found, key=lambda image: image.manifest.made_at, reverse=True):
+        found = [
+            image
+            for image in self._all()
+            if image.manifest.key == key and image.manifest.disk_size <= shape.disk_size
+        ]
+        for image in sorted(found, key=_by_disk_and_age, reverse=True):
             if await self._is_sound(image):
                 return image
         return None
@@ -166,14 +171,16 @@ class WarmImages:
         for image in sorted(self._all(), key=lambda image: image.last_used, reverse=True):
             made = image.manifest
             with suppress(CloudError):  # its template is gone
-                shape = Shape(self._templates.get_ready(made.template), made.mem_size, made.cpus)
+                shape = shape_of(self._templates.get_ready(made.template), made)
                 if (found := await self.find(shape)) is not None and found.name == image.name:
                     return image
         return None
 
-    async def warm(self, name: str, mem_size: int, cpus: int, order: Order) -> JobInfo:
+    async def warm(
+        self, name: str, mem_size: int, cpus: int, disk_size: int, order: Order
+    ) -> JobInfo:
         """Make a warm image of a template for a shape, unless there is one."""
-        shape = Shape(self._templates.get_ready(name), mem_size, cpus)
+        shape = Shape(self._templates.get_ready(name), mem_size, cpus, disk_size)
         _check_can_warm(shape)
         job = await self._jobs.begin("template_warm", name, order)
         job.cancellable = True
@@ -182,9 +189,9 @@ class WarmImages:
             await asyncio.shield(task)
         return await self._jobs.info(job.id)
 
-    def consider(self, template: str, mem_size: int, cpus: int) -> None:
+    def consider(self, template: str, mem_size: int, cpus: int, disk_size: int) -> None:
         """Make a warm image in the background after a cold start, where that is configured."""
-        shape = (template, mem_size, cpus)
+        shape = (template, mem_size, cpus, min(disk_size, DEFAULT_DISK_SIZE))
         if self._config.warm.mode == "auto" and shape not in self._begun:
             task = asyncio.create_task(self._make_in_background(*shape), name=f"warm {template}")
             self._begun[shape] = task
@@ -220,11 +227,13 @@ class WarmImages:
                     if (memory := self._memories.pop(path.name, None)) is not None:
                         os.close(memory)
 
-    async def _make_in_background(self, template: str, mem_size: int, cpus: int) -> None:
+    async def _make_in_background(
+        self, template: str, mem_size: int, cpus: int, disk_size: int
+    ) -> None:
         try:
-            shape = Shape(self._templates.get_ready(template), mem_size, cpus)
+            shape = Shape(self._templates.get_ready(template), mem_size, cpus, disk_size)
             if shape.can_be_warm and await self.find(shape) is None:
-                await self.warm(template, mem_size, cpus, Order(0))
+                await self.warm(template, mem_size, cpus, disk_size, Order(0))
         except CloudError as error:
             _log.warning("no warm image of %s: %s", template, error.message)
 
@@ -264,6 +273,7 @@ class WarmImages:
             template=shape.template.name,
             mem_size=shape.mem_size,
             cpus=shape.cpus,
+            disk_size=shape.disk_size,
             made_at=time.time(),
             memory_sha256=made.memory_sha256,
             state_bytes=len(state),
@@ -293,6 +303,7 @@ class WarmImages:
             name=image.name,
             mem_size=image.manifest.mem_size,
             cpus=image.manifest.cpus,
+            disk_size=image.manifest.disk_size,
             size=image.disk_usage_bytes(),
             made_at=image.manifest.made_at,
             last_used=image.last_used,
@@ -324,6 +335,17 @@ def _check_can_warm(shape: Shape) -> None:
             hint=f"give it at least {declaration.min_mem_size}",
             parameter="mem_size",
         )
+    least = virtual_size_bytes(shape.template.image, declaration.image.format)
+    if shape.disk_size < least:
+        raise InvalidArgumentError(
+            f"disk_size {shape.disk_size} is smaller than the image {shape.template.name}",
+            hint=f"give it at least {least} bytes",
+            parameter="disk_size",
+        )
+
+
+def _by_disk_and_age(image: WarmImage) -> tuple[int, float]:
+    return image.manifest.disk_size, image.manifest.made_at
 
 
 def _take_away(path: Path, removing: Path) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 from oscloudd.cloud.dialogues import converse
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.template_files import ReadyTemplate
-from oscloudd.cloud.warm_files import DISK, MEMORY, STATE
+from oscloudd.cloud.warm_files import DISK, MEMORY, STATE, Manifest
 from oscloudd.config import Config
 from oscloudd.guest.dialogue import postpone_identity
-from oscloudd.host.images import create_overlay, virtual_size_bytes
+from oscloudd.host.images import create_overlay
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.sessions import end_sessions_below
 from oscloudd.host.users import QemuUser
@@ -31,6 +31,9 @@ _TAP = "oscwarm0"
 # Locally administered; no vm has it, and a clone gets its own.
 _MAC = "52:54:00:00:00:01"
 
+# vm_create's own. An image for it is good for larger disks, too.
+DEFAULT_DISK_SIZE = 10 << 30
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,6 +42,7 @@ class Shape:
     template: ReadyTemplate
     mem_size: int
     cpus: int
+    disk_size: int  # the least one; a clone's file system grows to a larger one
 
     @property
     def can_be_warm(self) -> bool:
@@ -60,6 +64,11 @@ class Shape:
             cmdline=declaration.boot.cmdline,
             memory_shared=True,
         )
+
+
+def shape_of(template: ReadyTemplate, made: Manifest) -> Shape:
+    """Give what a warm image of this template was made for."""
+    return Shape(template, made.mem_size, made.cpus, made.disk_size)
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,7 @@ class WarmMaker:
         template = shape.template
         job.report("disk", f"making a disk on {template.name}")
         image_format = template.declaration.image.format
-        size_bytes = virtual_size_bytes(template.image, image_format)
-        await create_overlay(making / DISK, template.image, image_format, size_bytes)
+        await create_overlay(making / DISK, template.image, image_format, shape.disk_size)
         memory = make_memory(shape.mem_size)
         try:
             job.report("starting", "starting qemu")

@@ -13,7 +13,12 @@ import pexpect
 from pexpect import fdpexpect
 
 from oscloudd.errors import HostError, OperationTimeoutError
-from oscloudd.guest.identity import WARM_DOCUMENT, encode_for_clone, encode_for_line
+from oscloudd.guest.identity import (
+    REHEARSAL_DOCUMENT,
+    WARM_DOCUMENT,
+    encode_for_clone,
+    encode_for_line,
+)
 
 _READY = "oscloud-identity: ready"
 _APPLIED = "oscloud-identity: applied"
@@ -22,6 +27,8 @@ _POSTPONED = "oscloud-identity: postponed"
 _WARM = "oscloud-identity: warm\n"
 _FAILED = "oscloud-identity: failed: ([^\r\n]*)[\r\n]"
 _KEPT = "oscloud-identity: kept\n"
+_REHEARSED = "oscloud-identity: rehearsed\n"
+_REST = "rest"
 _APPLY_SECONDS = 60.0
 _TAIL_CHARACTERS = 2000
 
@@ -56,20 +63,34 @@ def postpone_identity(line: socket.socket, channel: socket.socket, *, boot_secon
 
 
 def tell_clone(channel: socket.socket, document: str, *, seconds: float) -> None:
-    """Tell a clone who it is; it waits for that and does not ask. Raises like `tell_identity`."""
-    # It reads no further than it has to: what comes next is for `hear_kept`.
-    guest = _listen(channel, at_once=1)
-    _send(guest, encode_for_clone(document))
-    _expect(guest, _APPLIED, seconds, "apply its identity")
+    """Tell a clone who it is; it waits for that and does not ask. Raises like `tell_identity`.
+
+    It waits for `let_rest` then, so that whoever has waited for it can have it to himself.
+    """
+    _tell(channel, document, _APPLIED, seconds, "apply its identity")
 
 
-def hear_kept(channel: socket.socket) -> None:
-    """Wait until a clone that was told has its identity on its disk, too.
+def rehearse_clone(channel: socket.socket, *, seconds: float) -> None:
+    """Have a clone greet itself: the code it has for that is translated then. Raises the same."""
+    _tell(channel, REHEARSAL_DOCUMENT, _REHEARSED, seconds, "greet itself")
+
+
+def let_rest(channel: socket.socket) -> None:
+    """Let a clone that was told do what nobody waits for, and wait until its disk has its identity.
 
     That may be never: it may end before, and the next boot of its disk asks again. Raises
     HostError.
     """
-    _expect(_listen(channel), _KEPT, None, "keep its identity")
+    guest = _listen(channel)
+    _send(guest, [_REST])
+    _expect(guest, _KEPT, None, "keep its identity")
+
+
+def _tell(channel: socket.socket, document: str, answer: str, seconds: float, what: str) -> None:
+    # It reads no further than it has to: what comes next is somebody else's.
+    guest = _listen(channel, at_once=1)
+    _send(guest, encode_for_clone(document))
+    _expect(guest, answer, seconds, what)
 
 
 def _listen(line: socket.socket, *, at_once: int = 65536) -> fdpexpect.fdspawn:

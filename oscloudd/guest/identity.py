@@ -8,6 +8,7 @@ import base64
 import secrets
 import shlex
 import time
+import uuid
 from dataclasses import dataclass
 
 from oscloudd.host.keys import HostKey
@@ -17,7 +18,6 @@ GREETING = "Powered by OS Cloud"
 # What RNDADDENTROPY of Linux takes for a full pool (random(4): 256 bits), twice over.
 _ENTROPY_BYTES = 64
 _LINE_LENGTH = 76
-_END_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,15 @@ def encode_for_line(document: str) -> list[str]:
 
 
 def encode_for_clone(document: str) -> list[str]:
-    """Give the same for a clone: its values are quoted for a shell to read them in at once.
+    """Give the same for a clone, which has not booted and gets a boot id, too.
 
-    The first line is a word that the last one repeats and that is nowhere else. Decoding each
-    value by itself costs an emulated guest half a second.
+    Its shell reads the lines as a script, up to `return`: decoding each value by itself costs an
+    emulated guest half a second.
     """
     pairs = (line.split("=", 1) for line in document.splitlines())
     values = [(name, base64.b64decode(value)) for name, value in pairs]
-    values += _draw_fresh()
-    end = secrets.token_hex(_END_BYTES)
-    return [end, *(f"{name}={shlex.quote(value.decode())}" for name, value in values), end]
+    values += [*_draw_fresh(), ("boot_id", str(uuid.uuid4()).encode())]
+    return [*(f"{name}={shlex.quote(value.decode())}" for name, value in values), "return"]
 
 
 def _draw_fresh() -> list[tuple[str, bytes]]:
@@ -102,3 +101,7 @@ def _line(name: str, value: bytes) -> str:
 
 # The answer to a first boot that is to become nobody: a machine to be saved and cloned.
 WARM_DOCUMENT = _line("warm", b"1")
+
+# For a clone that is to be somebody later, and does now what takes an emulated guest longer the
+# first time.
+REHEARSAL_DOCUMENT = _line("rehearse", b"1")

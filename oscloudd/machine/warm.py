@@ -24,7 +24,7 @@ SAVE_SECONDS = 60.0
 RESTORE_SECONDS = 30.0
 
 # Counts up when saved machines of an earlier version of this program are of no use to this one.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 _STATE_NAME = "oscloud-state"
 
