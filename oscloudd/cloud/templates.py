@@ -32,8 +32,10 @@ from oscloudd.errors import (
     InvalidStateError,
 )
 from oscloudd.host.downloads import download, fetch_checksum
-from oscloudd.host.images import check_downloaded_image, durable, image_info, sha256_of
+from oscloudd.host.image_check import check_image
+from oscloudd.host.images import durable, sha256_of, virtual_size_bytes
 from oscloudd.host.transient_services import run_apart
+from oscloudd.host.users import resolve_qemu_user
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
 
@@ -67,6 +69,7 @@ class Templates:
 
     def __init__(self, config: Config, database: Database, jobs: Jobs) -> None:
         self._declared_in = config.template_dirs
+        self._user = resolve_qemu_user(config.qemu.user).name
         self._directory = config.state_path / "templates"
         self._database = database
         self._jobs = jobs
@@ -106,7 +109,7 @@ class Templates:
         used_by = await self._database.run(
             lambda: Disk.select(fn.COUNT(Disk.id)).where(Disk.template_name == name).scalar()
         )
-        image = await image_info(ready.image, declaration.image.format) if ready else None
+        size = virtual_size_bytes(ready.image, declaration.image.format) if ready else None
         return TemplateInfo(
             name=name,
             description=declaration.description,
@@ -115,7 +118,7 @@ class Templates:
             state="READY" if ready else self._making.get(name, "MISSING"),
             identity=declaration.guest.identity,
             size=_size_of(ready.directory) if ready else None,
-            min_disk_size=image.virtual_size_bytes if image else None,
+            min_disk_size=size,
             min_mem_size=declaration.min_mem_bytes,
             digest=ready.digest if ready else None,
             made_at=ready.image.stat().st_mtime if ready else None,
@@ -195,7 +198,8 @@ class Templates:
 
         image = kept / declaration.image.file
         await download(source.url, image, expected_sha256=digest, on_progress=report)
-        await check_downloaded_image(image, source.format)
+        image.chmod(0o444)
+        await check_image(image, source.format, self._user)
         image.rename(making / declaration.image.file)
         shutil.rmtree(kept)
 
