@@ -187,7 +187,7 @@ class Templates:
     async def _fetch(self, name: str, declaration: Declaration, making: Path, job: Job) -> None:
         source = declaration.source
         job.report("checksum", f"asking for the checksum of {source.file_name}")
-        digest = await fetch_checksum(source.checksums_url, source.file_name)
+        expected = await fetch_checksum(source.checksums_url, source.file_name)
         # Outside of the directory being made: a download cut short goes on from where it was.
         kept = self._directory / f".download-{name}"
         kept.mkdir(exist_ok=True)
@@ -197,7 +197,7 @@ class Templates:
             job.report("downloading", f"{received_bytes >> 20} MiB of {source.file_name}", fraction)
 
         image = kept / declaration.image.file
-        await download(source.url, image, expected_sha256=digest, on_progress=report)
+        await download(source.url, image, expected=expected, on_progress=report)
         image.chmod(0o444)
         await check_image(image, source.format, self._user)
         image.rename(making / declaration.image.file)
