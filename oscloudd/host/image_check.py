@@ -32,18 +32,23 @@ class Judged:
     virtual_size_bytes: int
 
 
-async def check_image(path: Path, said: ImageFormat | None, user: str | None) -> Judged:
+async def check_image(
+    path: Path, said: ImageFormat | None, user: str | None, *, called: str = ""
+) -> Judged:
     """Judge a stranger's image, said to be of a format, or None to have it recognised.
 
-    `user` is who asks qemu-img about it, and must be allowed to read the file if not its directory.
-    Raises InvalidArgumentError with the reason when it may not be used.
+    `user` is who asks qemu-img about it, and must be allowed to read the file if not its directory;
+    `called` is its name for people. Raises InvalidArgumentError with the reason when it may not be
+    used.
     """
     try:
         judged = await asyncio.to_thread(judge_image, path, said)
         await _ask_qemu_img(path, judged, user)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
-            f"image {path.name} is refused: {error.message}", hint=error.hint, parameter="image"
+            f"image {called or path.name} is refused: {error.message}",
+            hint=error.hint,
+            parameter="image",
         ) from error
     return judged
 
