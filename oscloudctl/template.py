@@ -144,9 +144,9 @@ def template_download(session: Session, /, templates: tuple[str, ...], **output:
 def template_delete(
     session: Session, templates: tuple[str, ...], *, yes: bool, as_json: bool, ids_only: bool
 ) -> int:
-    """Delete templates, and the warm images of them.
+    """Delete templates that no disk stands on.
 
-    Refused while a disk stands on one. What is declared on this box can be made again.
+    The warm images of one go with it. What is declared on this box can be made again.
     """
     if not templates:
         raise click.UsageError("which template? Name one or more")

@@ -48,11 +48,11 @@ def template_import(
     as_json: bool,
     ids_only: bool,
 ) -> None:
-    """Make a template of a disk image with cloud-init.
+    """Make a template of an image you have.
 
-    It is a file that you can read, or what is at an http:// or https:// address; the daemon
-    downloads that itself. The image is kept as it is, once its own bytes have shown that it is
-    whole and names no other file.
+    It is a disk image, qcow2 or raw, with cloud-init in it: a file that you can read, or what is at
+    an http:// or https:// address, which the daemon downloads itself. The image is kept as it is,
+    once its own bytes have shown that it is whole and names no other file.
     """
     is_url = is_address(source)
     if no_wait and not is_url:

@@ -27,11 +27,11 @@ class Upload:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise NotAFileError(f"{path} can't be read: {error.strerror}") from error
-        self._file = os.fdopen(descriptor, "rb", buffering=0)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            self._file.close()
+            os.close(descriptor)
             raise NotAFileError(f"{path} is empty, or no ordinary file")
+        self._file = os.fdopen(descriptor, "rb", buffering=0)
         self.size_bytes = status.st_size
         self._stream: socket.socket | None = None
         self._thread: threading.Thread | None = None

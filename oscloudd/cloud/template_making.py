@@ -97,8 +97,10 @@ class TemplateMaker:
         kept.mkdir(exist_ok=True)
 
         def report(received_bytes: int, total_bytes: int | None) -> None:
-            fraction = received_bytes / total_bytes if total_bytes else None
-            job.report("downloading", f"{received_bytes >> 20} MiB of {url}", fraction)
+            if total_bytes:
+                job.report("downloading", url, received_bytes / total_bytes)
+            else:
+                job.report("downloading", f"{received_bytes >> 20} MiB of {url}")
 
         try:
             await download(url, kept / _IMAGE, expected=expected, on_progress=report)
@@ -112,8 +114,7 @@ class TemplateMaker:
         self, request: ImportRequest, body: AsyncIterator[bytes], making: Path, job: Job
     ) -> None:
         def report(received_bytes: int) -> None:
-            fraction = received_bytes / request.size_bytes
-            job.report("receiving", f"{received_bytes >> 20} MiB of {request.source}", fraction)
+            job.report("receiving", request.source, received_bytes / request.size_bytes)
 
         report(0)
         await receive(

@@ -207,9 +207,8 @@ class WarmImages:
         oldest = time.time() - self._config.warm.max_age_days * 86400
         for image in whole:
             total += image.disk_usage_bytes()
-            if self._templates.find_ready(image.manifest.template) is None:
-                continue
-            if total <= self._config.warm.max_size_bytes() and image.last_used >= oldest:
+            is_wanted = total <= self._config.warm.max_size_bytes() and image.last_used >= oldest
+            if is_wanted and self._templates.find_ready(image.manifest.template) is not None:
                 kept.add(image.name)
         for path in list(self._directory.glob("[!.]*")):
             # Looked at once more in the thread that writes the rows of new vms: `vm_create` sees to
