@@ -49,6 +49,8 @@ COMMANDS: dict[str, Entry] = {
     "template-build": Entry(_TEMPLATE, "template", "Build templates that are built here."),
     "template-warm": Entry(_TEMPLATE, "template", "Boot a template once, for fast new vms."),
     "template-download": Entry(_TEMPLATE, "template", "Download templates their vendor publishes."),
+    "template-import": Entry(_TEMPLATE, "template_import", "Make a template of an image you have."),
+    "template-delete": Entry(_TEMPLATE, "template", "Delete templates that no disk stands on."),
     "job-list": Entry(_JOB, "job", "List the jobs, the newest first."),
     "job-info": Entry(_JOB, "job", "Show all there is to know about jobs."),
     "job-wait": Entry(_JOB, "job", "Wait until jobs have ended; fails as they do."),

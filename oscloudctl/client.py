@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from oscloudctl.unreachable import DEFAULT_SOCKET, explain
+from oscloudctl.upload import Upload
 from oscloudd.errors import (
     ERRORS_BY_KIND,
     CloudError,
@@ -102,9 +103,11 @@ class Client:
         *,
         on_progress: OnProgress | None = None,
         timeout_seconds: float | None = None,
+        upload: Upload | None = None,
     ) -> Any:
         """Call `method` and give its result; progress notifications go to `on_progress`.
 
+        `upload` is sent when the daemon asks for it, and has to be closed by the caller.
         `timeout_seconds` bounds the silence between two lines, not the whole call: work that
         reports progress is alive. Raises the CloudError the daemon named, DaemonUnreachableError
         or OperationTimeoutError.
@@ -112,8 +115,12 @@ class Client:
         limit = ANSWER_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
         with contextlib.closing(self._exchange(method, params or {}, limit)) as messages:
             for message in messages:
+                if upload is not None and message.get("method") == "send":
+                    upload.begin(self._connected())
                 if on_progress is not None and message.get("method") == "progress":
                     on_progress(_parameters(message))
+        if upload is not None:
+            self.close()  # what follows a file is not read as requests any more
         return _result(message)
 
     def stream(

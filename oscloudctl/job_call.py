@@ -16,6 +16,7 @@ from oscloudctl.client import Client
 from oscloudctl.output import make_printable
 from oscloudctl.progress import ProgressLine
 from oscloudctl.session import Session
+from oscloudctl.upload import Upload
 from oscloudd.errors import CloudError, DaemonUnreachableError
 
 # The daemon answers a connection that was shut down before it was used up; nobody waits longer.
@@ -29,12 +30,14 @@ def call_job(
     subject: str = "",
     silence_seconds: float | None = None,
     cancels: bool = True,
+    upload: Upload | None = None,
     **params: Any,
 ) -> Any:
     """Call `method`, showing progress, and give its answer; `subject` heads the progress line.
 
-    With `cancels` the first Ctrl-C cancels the job. Raises what `Session.call` raises, and Exit
-    when the user has left a job that goes on. After a Ctrl-C `session.interrupted` is true.
+    `upload` is sent when the daemon asks for it. With `cancels` the first Ctrl-C cancels the job.
+    Raises what `Session.call` raises, and Exit when the user has left a job that goes on. After a
+    Ctrl-C `session.interrupted` is true.
     """
     with ProgressLine(subject) as line:
         signals = _Signals(session, line, silence_seconds, cancels=cancels)
@@ -48,7 +51,11 @@ def call_job(
         try:
             with signals:
                 answer = session.call(
-                    method, on_progress=on_progress, timeout_seconds=silence_seconds, **params
+                    method,
+                    on_progress=on_progress,
+                    timeout_seconds=silence_seconds,
+                    upload=upload,
+                    **params,
                 )
         except _LeftError as left:
             line.say(f"job {signals.job} goes on: oscloudctl job-wait {signals.job}")

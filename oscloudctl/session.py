@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from oscloudctl.client import Client, OnProgress, find_socket_path
+from oscloudctl.upload import Upload
 from oscloudd.errors import CloudError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -37,12 +38,17 @@ class Session:
         *,
         on_progress: OnProgress | None = None,
         timeout_seconds: float | None = None,
+        upload: Upload | None = None,
         **params: Any,
     ) -> Any:
         """Call the daemon; parameters that are None are left to its defaults."""
         given = {name: value for name, value in params.items() if value is not None}
         return self.client.call(
-            method, given, on_progress=on_progress, timeout_seconds=timeout_seconds
+            method,
+            given,
+            on_progress=on_progress,
+            timeout_seconds=timeout_seconds,
+            upload=upload,
         )
 
 

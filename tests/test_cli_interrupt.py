@@ -74,6 +74,7 @@ def terminal(daemon: StubDaemon, tmp_path: Path) -> Iterator[Callable[..., Termi
         (("vm-delete", "web", "-y"), "vm_delete"),
         (("template-build", "tiny"), "template_build"),
         (("template-download", "tiny"), "template_download"),
+        (("template-import", "http://h/x.img"), "template_import"),
     ],
 )
 def test_ctrl_c_cancels_the_job_over_another_connection(

@@ -183,6 +183,7 @@ NO_WAIT = [
     (("vm-delete", "web", "-y"), {"wait": False}),
     (("template-build", "tiny"), {"wait": False}),
     (("template-download", "tiny"), {"wait": False}),
+    (("template-import", "http://h/x.img"), {"wait": False, "url": "http://h/x.img"}),
 ]
 
 

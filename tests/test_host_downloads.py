@@ -13,7 +13,8 @@ import pytest
 
 from oscloudd.errors import ExhaustedError, HostError, InvalidArgumentError, NotFoundError
 from oscloudd.host import downloads
-from oscloudd.host.downloads import download, fetch_checksum, parse_checksums
+from oscloudd.host.checksums import Checksum
+from oscloudd.host.downloads import download, fetch_checksum
 
 CONTENT = bytes(range(256)) * 4096
 OTHER = bytes(reversed(CONTENT))
@@ -21,6 +22,10 @@ OTHER = bytes(reversed(CONTENT))
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def checksum(content: bytes) -> Checksum:
+    return Checksum("sha256", sha256(content))
 
 
 @dataclass
@@ -103,7 +108,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Behaviour]:
 
 
 def fetch(server: Behaviour, destination: Path, content: bytes = CONTENT, **options: int) -> None:
-    asyncio.run(download(server.url(), destination, expected_sha256=sha256(content), **options))
+    asyncio.run(download(server.url(), destination, expected=checksum(content), **options))
 
 
 def names(directory: Path) -> list[str]:
@@ -117,7 +122,7 @@ def test_whole_file_with_progress(server: Behaviour, tmp_path: Path) -> None:
         await download(
             server.url(),
             tmp_path / "image",
-            expected_sha256=sha256(CONTENT).upper(),
+            expected=checksum(CONTENT),
             on_progress=lambda received, total: seen.append((received, total)),
         )
         await asyncio.sleep(0)
@@ -203,7 +208,7 @@ def test_cancelling_ends_the_worker_and_keeps_the_part(server: Behaviour, tmp_pa
             download(
                 server.url(),
                 tmp_path / "image",
-                expected_sha256=sha256(CONTENT),
+                expected=checksum(CONTENT),
                 on_progress=lambda received, total: task.cancel() and None,
             )
         )
@@ -225,25 +230,41 @@ def test_full_disk_is_told_before_anything_is_written(
     assert not {"image", "image.part"} & set(names(tmp_path))
 
 
-def test_disk_full_while_writing(
+def test_disk_full_while_writing_leaves_nothing(
     server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server.etag = ""  # nothing to remember, so nothing to forget before the part is opened
     (tmp_path / "image.part").symlink_to("/dev/full")
-    monkeypatch.setattr(downloads._Transfer, "_forget", lambda self: None)
+    monkeypatch.setattr(downloads._Transfer, "_remember", lambda self, response: None)
     with pytest.raises(ExhaustedError, match="not enough disk space"):
         fetch(server, tmp_path / "image")
+    assert names(tmp_path) == []
+
+
+def test_a_file_without_a_checksum_is_taken_as_it_is(server: Behaviour, tmp_path: Path) -> None:
+    asyncio.run(download(server.url(), tmp_path / "image", expected=None))
+    assert (tmp_path / "image").read_bytes() == CONTENT
+
+
+def test_a_long_checksum_is_checked_too(server: Behaviour, tmp_path: Path) -> None:
+    good = Checksum("sha512", hashlib.sha512(CONTENT).hexdigest())
+    asyncio.run(download(server.url(), tmp_path / "image", expected=good))
+    bad = Checksum("sha512", "0" * 128)
+    with pytest.raises(HostError, match=f"has SHA512 {good.digest}"):
+        asyncio.run(download(server.url(), tmp_path / "other", expected=bad))
+    assert names(tmp_path) == ["image"]
 
 
 def test_missing_file_is_not_found(server: Behaviour, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="404"):
-        asyncio.run(download(server.url("/none"), tmp_path / "x", expected_sha256="0" * 64))
+        asyncio.run(download(server.url("/none"), tmp_path / "x", expected=None))
     assert names(tmp_path) == []
 
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(HostError, match=r"the server can't be reached: .*refused"):
-        asyncio.run(download("http://127.0.0.1:1/x", tmp_path / "x", expected_sha256="0" * 64))
+        asyncio.run(download("http://127.0.0.1:1/x", tmp_path / "x", expected=None))
 
 
 @pytest.mark.parametrize(
@@ -251,24 +272,18 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="can't be downloaded"):
-        asyncio.run(download(url, tmp_path / "x", expected_sha256="0" * 64))
+        asyncio.run(download(url, tmp_path / "x", expected=None))
 
 
 def test_redirects_end_and_stay_with_http(server: Behaviour, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="redirect"):
-        asyncio.run(download(server.url("/loop"), tmp_path / "x", expected_sha256="0" * 64))
+        asyncio.run(download(server.url("/loop"), tmp_path / "x", expected=None))
     with pytest.raises((HostError, InvalidArgumentError)):
-        asyncio.run(download(server.url("/away"), tmp_path / "x", expected_sha256="0" * 64))
+        asyncio.run(download(server.url("/away"), tmp_path / "x", expected=None))
     assert names(tmp_path) == []
 
 
 def test_checksum_is_found_by_name(server: Behaviour) -> None:
-    assert asyncio.run(fetch_checksum(server.url("/SHA256SUMS"), "image")) == sha256(CONTENT)
-    with pytest.raises(NotFoundError, match="no SHA256 of 'other'"):
+    assert asyncio.run(fetch_checksum(server.url("/SHA256SUMS"), "image")) == checksum(CONTENT)
+    with pytest.raises(NotFoundError, match="no checksum of 'other'"):
         asyncio.run(fetch_checksum(server.url("/SHA256SUMS"), "other"))
-
-
-def test_checksums_are_parsed_in_both_modes_and_junk_is_skipped() -> None:
-    digest = "AB" * 32
-    text = f"# comment\n{digest} *a.img\n{digest}  b c.img\nshort  d\n-----BEGIN PGP-----\n"
-    assert parse_checksums(text) == {"a.img": "ab" * 32, "b c.img": "ab" * 32}

@@ -1,24 +1,20 @@
-"""Images: overlays that hold, strangers' headers that don't get past."""
+"""Images: overlays that hold, conversions that are whole or not there."""
 
 import asyncio
 import json
 import os
-import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from oscloudd.errors import HostError, InvalidArgumentError
+from oscloudd.errors import HostError
 from oscloudd.host.images import (
     build_overlay_argv,
-    check_downloaded_image,
     convert,
     copy_overlay,
     create_overlay,
-    find_danger,
-    image_info,
-    parse_qcow2_header,
     virtual_size_bytes,
 )
 
@@ -28,18 +24,30 @@ def make(path: Path, *options: str, size: str = "8M") -> Path:
     return path
 
 
+def describe(image: Path) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(
+        subprocess.check_output(["qemu-img", "info", "-f", "qcow2", "--output=json", str(image)])
+    )
+    return answer
+
+
 def test_overlay_reads_the_base_and_is_larger(tmp_path: Path) -> None:
     base = make(tmp_path / "base.qcow2", "-f", "qcow2")
     overlay = tmp_path / "disk.qcow2"
     asyncio.run(create_overlay(overlay, base, "qcow2", 1 << 30))
-    info = asyncio.run(image_info(overlay, "qcow2"))
-    assert (info.virtual_size_bytes, info.format, info.backing) == (1 << 30, "qcow2", str(base))
-    assert info.actual_size_bytes < 1 << 20
+    info = describe(overlay)
+    assert (info["virtual-size"], info["backing-filename"]) == (1 << 30, str(base))
+    assert info["backing-filename-format"] == "qcow2"
+    assert info["actual-size"] < 1 << 20
 
 
 def test_overlay_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="qemu-img create failed with status 1"):
+    with pytest.raises(HostError, match=r"there is no .*/none for a disk"):
         asyncio.run(create_overlay(tmp_path / "disk", tmp_path / "none", "qcow2", 1 << 30))
+    base = make(tmp_path / "base", "-f", "qcow2")
+    with pytest.raises(HostError, match="qemu-img create failed with status 1"):
+        asyncio.run(create_overlay(tmp_path / "disk", base, "nonsense", 1 << 30))
+    base.unlink()
     assert os.listdir(tmp_path) == []
 
 
@@ -49,7 +57,7 @@ def test_a_copy_of_a_blank_overlay_is_one_of_its_own(tmp_path: Path) -> None:
     asyncio.run(create_overlay(blank, base, "qcow2", 8 << 20))
     copy_overlay(overlay, blank)
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 4k", overlay], check=True)
-    assert asyncio.run(image_info(overlay, "qcow2")).backing == str(base)
+    assert describe(overlay)["backing-filename"] == str(base)
     shown = subprocess.check_output(["qemu-io", "-f", "qcow2", "-c", "read -P 0 0 4k", blank])
     assert b"verification failed" not in shown
 
@@ -83,7 +91,7 @@ def test_convert_appears_whole_and_reports(tmp_path: Path) -> None:
     destination = tmp_path / "disk.qcow2"
     asyncio.run(convert(source, "raw", destination, on_fraction=fractions.append))
     assert fractions[-1] == 1.0
-    assert asyncio.run(image_info(destination, "qcow2")).virtual_size_bytes == 70144
+    assert describe(destination)["virtual-size"] == 70144
     assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "disk.raw"]
 
 
@@ -93,92 +101,3 @@ def test_convert_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="qemu-img convert"):
         asyncio.run(convert(source, "qcow2", tmp_path / "disk.qcow2"))
     assert os.listdir(tmp_path) == ["disk.raw"]
-
-
-def test_a_plain_image_is_taken(tmp_path: Path) -> None:
-    image = make(tmp_path / "image", "-f", "qcow2")
-    assert asyncio.run(check_downloaded_image(image, "qcow2")).virtual_size_bytes == 8 << 20
-    old = make(tmp_path / "old", "-f", "qcow2", "-o", "compat=0.10")
-    assert asyncio.run(check_downloaded_image(old, "qcow2")).format == "qcow2"
-
-
-def test_a_backing_file_is_refused_before_qemu_img_sees_it(tmp_path: Path) -> None:
-    image = make(tmp_path / "image", "-f", "qcow2", "-u", "-F", "raw", "-b", "/etc/shadow")
-    with pytest.raises(InvalidArgumentError, match="it names a backing file"):
-        asyncio.run(check_downloaded_image(image, "qcow2"))
-
-
-def test_a_data_file_is_refused(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    image = make(tmp_path / "image", "-f", "qcow2", "-o", f"data_file={data}")
-    with pytest.raises(InvalidArgumentError, match="keeps its data in another file"):
-        asyncio.run(check_downloaded_image(image, "qcow2"))
-
-
-def test_encryption_is_refused(tmp_path: Path) -> None:
-    image = make(tmp_path / "image", "-f", "qcow2")
-    with image.open("r+b") as file:
-        file.seek(32)  # crypt_method; making a real LUKS header takes two seconds
-        file.write((2).to_bytes(4, "big"))
-    with pytest.raises(InvalidArgumentError, match="it is encrypted"):
-        asyncio.run(check_downloaded_image(image, "qcow2"))
-
-
-def header(
-    *, version: int = 3, cluster_bits: int = 16, size: int = 1 << 30, bits: int = 0
-) -> bytes:
-    start = struct.pack(
-        ">4sIQIIQIIQQIIQ",
-        b"QFI\xfb",
-        version,
-        0,
-        0,
-        cluster_bits,
-        size,
-        0,
-        1,
-        65536,
-        131072,
-        1,
-        0,
-        0,
-    )
-    return start + struct.pack(">QQQII", bits, 0, 0, 4, 104)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (header(size=0), "zero or above 1 TiB"),
-        (header(size=1 << 62), "zero or above 1 TiB"),
-        (header(cluster_bits=40), "cluster size"),
-        (header(bits=1), "not closed properly"),
-        (header(bits=2), "marked as corrupt"),
-        (header(bits=4), "another file"),
-        (header(bits=1 << 63), "features this program does not know"),
-    ],
-)
-def test_dangerous_headers_are_named(data: bytes, reason: str) -> None:
-    danger = find_danger(parse_qcow2_header(data))
-    assert danger is not None
-    assert reason in danger
-
-
-def test_harmless_header_is_no_danger() -> None:
-    assert find_danger(parse_qcow2_header(header())) is None
-    # Bit 3 is the compression type, bit 4 extended L2 entries: both stay inside the image.
-    assert find_danger(parse_qcow2_header(header(bits=0b11000))) is None
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"QFI\xfb", b"<html>" * 50, header(version=4), header()[:80]], ids=repr
-)
-def test_what_is_no_qcow2_is_refused(data: bytes) -> None:
-    with pytest.raises(InvalidArgumentError):
-        parse_qcow2_header(data)
-
-
-def test_raw_needs_no_header(tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    image.write_bytes(json.dumps({"driver": "file", "filename": "/etc/shadow"}).encode() * 512)
-    assert asyncio.run(check_downloaded_image(image, "raw")).format == "raw"

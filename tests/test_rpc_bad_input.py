@@ -281,6 +281,7 @@ def test_an_unknown_image_is_not_found(box: Box, image: str) -> None:
         ("template_info", {"template": image}),
         ("template_build", {"template": image}),
         ("template_download", {"template": image}),
+        ("template_delete", {"template": image}),
     ):
         error = refusal(box, method, **params)
         assert (error.code, error.kind) == NOT_FOUND, method

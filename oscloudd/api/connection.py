@@ -6,7 +6,7 @@ keep what a client does not read for as long as it likes.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +27,8 @@ class Limits:
     long_lines: int = 16
     # From its first byte to its last; a client writes a request in one go.
     line_seconds: float = 60.0
+    # Between two pieces of a file that a client sends; its disk may be slow.
+    body_seconds: float = 300.0
     # Without the client taking a single byte of what waits for it.
     stalled_seconds: float = 60.0
     # A connection that has more than this to take is not told of progress.
@@ -172,6 +174,37 @@ class Connection(asyncio.BufferedProtocol):
                 return await self._read_long_line(end)
             await self._wait_for_input(end)
         return line
+
+    async def receive(self, size_bytes: int) -> AsyncIterator[bytes]:
+        """Ask the client for what follows its request and give it, `size_bytes` in all.
+
+        Nothing else is read from this connection afterwards: what a client has still to send when
+        the work fails must never be taken for requests of its own. Raises UnavailableError when the
+        client ends, or says nothing for long, before that is all.
+        """
+        self.is_last_answer = True
+        self.write_line(b'{"jsonrpc":"2.0","method":"send","params":{"size":%d}}' % size_bytes)
+        left = size_bytes
+        while left:
+            while not self._input:
+                await self._wait_for_body(size_bytes - left, size_bytes)
+            chunk = bytes(self._input[:left])
+            del self._input[: len(chunk)]
+            left -= len(chunk)
+            self._adjust_reading()
+            yield chunk
+
+    async def _wait_for_body(self, received_bytes: int, size_bytes: int) -> None:
+        so_far = f"{received_bytes} of {size_bytes} bytes"
+        if self._input_ended:
+            raise UnavailableError(f"the file ended after {so_far}", hint="send it again")
+        seconds = self.limits.body_seconds
+        try:
+            await self._wait_for_input(self._loop.time() + seconds)
+        except BadLineError as error:
+            raise UnavailableError(
+                f"the client sent nothing for {seconds:g} s, after {so_far}"
+            ) from error
 
     async def discard_input(self, seconds: float) -> None:
         """Read on without looking, so that a client in the middle of a line sees our answer."""

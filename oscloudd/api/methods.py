@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oscloudd.api.caller import Caller
+from oscloudd.api.imports import build_import
 from oscloudd.api.params import (
     DiskParams,
     EventWatchParams,
@@ -17,6 +18,7 @@ from oscloudd.api.params import (
     NetworkParams,
     Params,
     StopGuestsParams,
+    TemplateImportParams,
     TemplateJobParams,
     TemplateParams,
     TemplateWarmParams,
@@ -159,6 +161,12 @@ async def _template_download(cloud: Cloud, params: TemplateJobParams, caller: Ca
     return await cloud.templates.download(params.template, _order(caller, wait=params.wait))
 
 
+async def _template_import(cloud: Cloud, params: TemplateImportParams, caller: Caller) -> object:
+    request = build_import(params)
+    body = None if request.url else caller.connection.receive(request.size_bytes)
+    return await cloud.templates.take(request, body, _order(caller, wait=params.wait))
+
+
 async def _job_list(cloud: Cloud, params: JobListParams, _caller: Caller) -> object:
     return await cloud.jobs.list(check_limit(params.limit))
 
@@ -228,6 +236,10 @@ METHODS: dict[str, Method] = {
     ),
     "template_build": Method(TemplateJobParams, _template_build),
     "template_download": Method(TemplateJobParams, _template_download),
+    "template_import": Method(TemplateImportParams, _template_import),
+    "template_delete": Method(
+        TemplateParams, lambda cloud, params, _: cloud.template_delete(params.template)
+    ),
     "template_warm": Method(TemplateWarmParams, _template_warm),
     "job_list": Method(JobListParams, _job_list, is_list=True),
     "job_info": Method(JobParams, _job_info),

@@ -52,6 +52,22 @@ class TemplateJobParams(TemplateParams, frozen=True):
     wait: bool = True
 
 
+class TemplateImportParams(Params, frozen=True):
+    """An image to make a template of: from `url`, or `size` bytes, which the daemon asks for.
+
+    `file_name` is what the sender calls it; `sha256` may be a SHA512, too.
+    """
+
+    name: str
+    url: str | None = None
+    size: int | None = None
+    file_name: str = ""
+    sha256: str | None = None
+    format: Literal["qcow2", "raw"] | None = None
+    os: str = ""
+    wait: bool = True
+
+
 class TemplateWarmParams(TemplateJobParams, frozen=True):
     """A template, and the shape its warm image is made for."""
 

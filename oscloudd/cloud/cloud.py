@@ -28,7 +28,7 @@ from oscloudd.cloud.spare import SpareMaker
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.suspension import Suspension
-from oscloudd.cloud.templates import Templates
+from oscloudd.cloud.templates import TemplateDeleted, Templates
 from oscloudd.cloud.vm_create import VmCreator
 from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_states import VmStates
@@ -238,6 +238,14 @@ class Cloud:
         info = await self.templates.info(name)
         warm = await self.warm_images.list_of(name, self._pool.count_ready())
         return {**msgspec.structs.asdict(info), "warm": warm}
+
+    async def template_delete(self, name: str) -> TemplateDeleted:
+        """Remove a template with the warm images of it; raises InUseError while a disk needs it."""
+        warm = await self.warm_images.list_of(name, self._pool.count_ready())
+        deleted = await self.templates.delete(name)
+        await self._pool.forget({image.name for image in warm})
+        await self.warm_images.prune()
+        return deleted
 
     async def _choose(self) -> Accelerator:
         config = self.config

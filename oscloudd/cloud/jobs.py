@@ -7,8 +7,8 @@ is its noun's affair; for vms it is a list of steps, see `operations`.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,6 +119,17 @@ class Job:
         for listener in self.listeners:
             listener(Progress(self.id, stage, message, fraction))
 
+    @contextmanager
+    def listening(self, listener: OnProgress) -> Iterator[None]:
+        """Let one more hear how it goes, from what is being done now on."""
+        self.listeners.append(listener)
+        if self.stage:
+            listener(Progress(self.id, self.stage, self.message, self.fraction))
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
+
     async def passed(self, step: int) -> None:
         """Wait until so many of its steps are done; for ever when it ends before."""
         while self.step < step:
@@ -195,18 +206,14 @@ class Jobs:
         """Wait until a job has ended, well or not; raises OperationTimeoutError."""
         info = await self.info(job_id)
         job = self._live.get(job_id)
-        if job is not None:
-            job.listeners.append(listener)
-            listener(Progress(job.id, job.stage, job.message, job.fraction))
-        try:
+        with ExitStack() as stack:
+            if job is not None:
+                stack.enter_context(job.listening(listener))
             return await self._changes.wait_until(
                 lambda: self._ended(job_id),
                 timeout_seconds=timeout_seconds,
                 what=f"the end of job {job_id} ({info.kind} {info.target})",
             )
-        finally:
-            if job is not None:
-                job.listeners.remove(listener)
 
     async def cancel(self, job_id: int) -> JobInfo:
         """End a job early and answer when it is undone; raises InvalidStateError if it is late."""

@@ -3,6 +3,7 @@
 Reads both; makes and removes nothing.
 """
 
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ DIGEST = "digest"
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[source]: where the image comes from."""
 
-    kind: Literal["build", "download"]
+    kind: Literal["build", "download", "import"]
     url: str = ""
     checksums_url: str = ""
     file_name: str = ""
@@ -94,6 +95,32 @@ class ReadyTemplate:
         return self.directory / name if name else None
 
 
+def format_declaration(
+    description: str, os: str, url: str, file_name: str, image_format: str
+) -> str:
+    """Write the template.toml of an image that boots by itself and has cloud-init."""
+    # A basic string of TOML takes what JSON escapes, for as long as it is printable.
+    said = {key: json.dumps(value, ensure_ascii=False) for key, value in (
+        ("description", description), ("os", os), ("url", url), ("file", file_name),
+    )}  # fmt: skip
+    return f"""\
+description = {said["description"]}
+os = {said["os"]}
+
+[source]
+kind = "import"
+url = {said["url"]}
+format = "{image_format}"
+
+[image]
+file = {said["file"]}
+format = "{image_format}"
+
+[guest]
+identity = "cloud-init"
+"""
+
+
 def read_declaration(directory: Path) -> Declaration:
     """Read template.toml; raises HostError naming the file and the mistake."""
     path = directory / DECLARATION
@@ -123,10 +150,24 @@ def find_declarations(template_dirs: list[str]) -> dict[str, Path]:
     return found
 
 
-def _can_name(name: str) -> bool:
+def check_template_name(name: str) -> str:
+    """Give `name` back if it can name a template; raise InvalidArgumentError otherwise."""
     # Vendors' names have dots ("ubuntu_22.04"), which no vm's has.
     try:
-        check_name(name.replace(".", "_"), parameter="template")
+        check_name(name.replace(".", "_"))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"name {name!r:.80} can't be used for a template",
+            hint="use 1 to 63 letters, digits, dots, _ or -, the first a letter or a digit, and"
+            " not digits alone",
+            parameter="name",
+        ) from error
+    return name
+
+
+def _can_name(name: str) -> bool:
+    try:
+        check_template_name(name)
     except InvalidArgumentError:
         return False
     return True

@@ -1,21 +1,25 @@
 """Templates: what vms are made from. Declared in files, made once, read-only from then on.
 
 Owns `state_dir/templates`. A template is made in a directory of its own and gets its name in one
-rename, so it is there whole or not at all.
+rename, and loses it in one, so it is there whole or not at all. How its files are made is in
+`template_making`.
 """
 
 import asyncio
-import os
 import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from peewee import fn
 
+from oscloudd.cloud.job_rows import JobState
 from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.template_files import (
-    DECLARATION,
     DIGEST,
     Declaration,
     ReadyTemplate,
@@ -23,26 +27,28 @@ from oscloudd.cloud.template_files import (
     read_declaration,
     read_ready,
 )
+from oscloudd.cloud.template_making import DOWNLOAD, ImportRequest, TemplateMaker, seal
 from oscloudd.config import Config
 from oscloudd.errors import (
     AlreadyExistsError,
-    HostError,
+    CloudError,
     InUseError,
     InvalidArgumentError,
     InvalidStateError,
 )
-from oscloudd.host.downloads import download, fetch_checksum
-from oscloudd.host.images import check_downloaded_image, durable, image_info, sha256_of
-from oscloudd.host.transient_services import run_apart
+from oscloudd.host.images import durable, virtual_size_bytes
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
+from oscloudd.store.models import Job as JobRow
 
-# debian_12 takes 70 s on two idle cores; a slow mirror takes the rest.
-_BUILD_SECONDS = 3600
 # What the column `template_name` holds; a file's own limit is 255 bytes.
 _MAX_NAME_LENGTH = 63
-_MAKING = ".making-"
-_PROGRESS = "progress: "
+_MAKING, _REMOVING = ".making-", ".removing-"
+# A download that nobody has gone on with for so long is given up.
+_KEPT_DOWNLOAD_SECONDS = 7 * 86400
+_STATES = {"build": "BUILDING", "download": "DOWNLOADING", "import": "IMPORTING"}
+
+Fill = Callable[[Path, Job], Awaitable[None]]
 
 
 class TemplateInfo(msgspec.Struct, frozen=True):
@@ -62,21 +68,51 @@ class TemplateInfo(msgspec.Struct, frozen=True):
     used_by: int
 
 
+class TemplateDeleted(msgspec.Struct, frozen=True):
+    """The answer of `template_delete`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Making:
+    """A template being made: of what kind, exactly what was asked for, and the job that does it.
+
+    Who asks for the same while it lasts waits for the same job; `wanted` None is never the same.
+    """
+
+    kind: str
+    wanted: object
+    begun: "asyncio.Task[tuple[Job, asyncio.Task[None]]]"
+
+
 class Templates:
     """All templates, declared and made."""
 
     def __init__(self, config: Config, database: Database, jobs: Jobs) -> None:
         self._declared_in = config.template_dirs
         self._directory = config.state_path / "templates"
+        self._maker = TemplateMaker(config, self._directory)
         self._database = database
         self._jobs = jobs
-        self._making: dict[str, str] = {}
+        self._making: dict[str, _Making] = {}
 
     def remove_leftovers(self) -> None:
-        """Remove what an earlier daemon had not finished making; downloads keep their beginning."""
+        """Remove what an earlier daemon had not finished making or removing.
+
+        Downloads keep their beginning for a while.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.glob(f"{_MAKING}*"):
+        for path in (*self._directory.glob(f"{_MAKING}*"), *self._directory.glob(f"{_REMOVING}*")):
             shutil.rmtree(path)
+        oldest = time.time() - _KEPT_DOWNLOAD_SECONDS
+        for path in self._directory.glob(f"{DOWNLOAD}*"):
+            if max(file.stat().st_mtime for file in (path, *path.iterdir())) < oldest:
+                shutil.rmtree(path)
+
+    def find_ready(self, name: str) -> ReadyTemplate | None:
+        """Give a template that vms can be made from, or None."""
+        return read_ready(self._directory / name) if _is_file_name(name) else None
 
     def get_ready(self, name: str) -> ReadyTemplate:
         """Give a template that vms can be made from; raises NotFoundError or InvalidStateError."""
@@ -96,7 +132,7 @@ class Templates:
         """Describe every template, declared or made."""
         made = {path.parent.name for path in self._directory.glob(f"[!.]*/{DIGEST}")}
         names = sorted(made | find_declarations(self._declared_in).keys())
-        return [await self.info(name) for name in names]
+        return [info for name in names if (info := await self._find_info(name)) is not None]
 
     async def info(self, name: str) -> TemplateInfo:
         """Describe one template; raises NotFoundError."""
@@ -106,16 +142,16 @@ class Templates:
         used_by = await self._database.run(
             lambda: Disk.select(fn.COUNT(Disk.id)).where(Disk.template_name == name).scalar()
         )
-        image = await image_info(ready.image, declaration.image.format) if ready else None
+        size = virtual_size_bytes(ready.image, declaration.image.format) if ready else None
         return TemplateInfo(
             name=name,
             description=declaration.description,
             os=declaration.os,
             source=declaration.source.kind,
-            state="READY" if ready else self._making.get(name, "MISSING"),
+            state="READY" if ready else self._state_of(name),
             identity=declaration.guest.identity,
             size=_size_of(ready.directory) if ready else None,
-            min_disk_size=image.virtual_size_bytes if image else None,
+            min_disk_size=size,
             min_mem_size=declaration.min_mem_bytes,
             digest=ready.digest if ready else None,
             made_at=ready.image.stat().st_mtime if ready else None,
@@ -124,80 +160,125 @@ class Templates:
 
     async def build(self, name: str, order: Order) -> TemplateInfo | JobInfo:
         """Build a template here from its own `build` program."""
-        return await self._make(name, "build", order)
+        declared = self._get_declared(name, "build")
+        return await self._make(name, "build", "", order, partial(self._maker.build, declared))
 
     async def download(self, name: str, order: Order) -> TemplateInfo | JobInfo:
         """Fetch a template's image from its vendor and check it against the vendor's checksum."""
-        return await self._make(name, "download", order)
+        declared = self._get_declared(name, "download")
+        fill = partial(self._maker.download, declared)
+        return await self._make(name, "download", "", order, fill)
 
-    async def _make(self, name: str, kind: str, order: Order) -> TemplateInfo | JobInfo:
+    async def take(
+        self, request: ImportRequest, body: AsyncIterator[bytes] | None, order: Order
+    ) -> TemplateInfo | JobInfo:
+        """Make a template of an image that a user brings, by its address or as `body`."""
+        if request.name in find_declarations(self._declared_in):
+            raise AlreadyExistsError(
+                f"template {request.name!r} is declared here",
+                hint="choose another name",
+                object="template",
+                name=request.name,
+            )
+        wanted = request if body is None else None
+        fill = partial(self._maker.take, request, body)
+        return await self._make(request.name, "import", wanted, order, fill)
+
+    async def delete(self, name: str) -> TemplateDeleted:
+        """Remove a template that no disk stands on: what was made here, not its declaration."""
         _check_file_name(name)
-        declaration = self._get_declaration(name)
-        self._check_can_make(name, kind, declaration)
-        self._making[name] = "BUILDING" if kind == "build" else "DOWNLOADING"
+        self._check_not_being_made(name)
+        path, kept = self._directory / name, self._directory / f"{DOWNLOAD}{name}"
+        if not path.exists() and not kept.exists():
+            self.get_ready(name)  # says why it is not there
+        removing = self._directory / f"{_REMOVING}{name}"
+        # In the thread that writes the rows of new vms: `vm_create` sees to it there that the
+        # template is still in its place.
+        await self._database.run(partial(_take_away, name, path, removing))
+        await asyncio.to_thread(_remove, [removing, kept], self._directory)
+        return TemplateDeleted(name)
+
+    async def _make(
+        self, name: str, kind: str, wanted: object, order: Order, fill: Fill
+    ) -> TemplateInfo | JobInfo:
+        making = self._making.get(name)
+        if making is None:
+            self._check_is_new(name)
+            begun = asyncio.create_task(self._begin(name, kind, order, fill))
+            making = self._making[name] = _Making(kind, wanted, begun)
+        elif wanted is None or (making.kind, making.wanted) != (kind, wanted):
+            self._check_not_being_made(name)
+        job, task = await asyncio.shield(making.begun)
+        if not order.wait:
+            return await self._jobs.info(job.id)
+        with job.listening(order.listener):
+            await asyncio.shield(task)
+        return await self.info(name)
+
+    async def _begin(
+        self, name: str, kind: str, order: Order, fill: Fill
+    ) -> "tuple[Job, asyncio.Task[None]]":
         try:
-            job = await self._jobs.begin(f"template_{kind}", name, order)
+            job = await self._jobs.begin(f"template_{kind}", name, Order(order.owner_uid))
         except BaseException:
             del self._making[name]
             raise
         job.cancellable = True
-        task = self._jobs.run(job, job.interruptible(self._fill(name, declaration, job)))
+        task = self._jobs.run(job, job.interruptible(self._fill(name, fill, job)))
         task.add_done_callback(lambda _done: self._making.pop(name, None))
-        if not order.wait:
-            return await self._jobs.info(job.id)
-        await asyncio.shield(task)
-        return await self.info(name)
+        return job, task
 
-    def _check_can_make(self, name: str, kind: str, declaration: Declaration) -> None:
-        if declaration.source.kind != kind:
-            raise InvalidArgumentError(
-                f"template {name!r} can't be made by {kind}",
-                hint=f"use: oscloudctl template-{declaration.source.kind} {name}",
-                parameter="template",
-            )
-        if name in self._making:
-            raise InUseError(f"template {name!r} is being made already", hint="wait for it")
-        if read_ready(self._directory / name) is not None:
-            raise AlreadyExistsError(
-                f"template {name!r} is made already", object="template", name=name
-            )
-
-    async def _fill(self, name: str, declaration: Declaration, job: Job) -> None:
+    async def _fill(self, name: str, fill: Fill, job: Job) -> None:
         making = self._directory / f"{_MAKING}{name}"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         try:
-            if declaration.source.kind == "build":
-                await _run_build(find_declarations(self._declared_in)[name], making, job)
-            else:
-                await self._fetch(name, declaration, making, job)
+            await fill(making, job)
             job.report("checking", "computing the image's digest")
-            shutil.copyfile(
-                find_declarations(self._declared_in)[name] / DECLARATION, making / DECLARATION
-            )
-            await asyncio.to_thread(_seal, making, declaration)
+            await asyncio.to_thread(seal, making)
             making.rename(self._directory / name)
             await asyncio.to_thread(durable, self._directory / name)
         finally:
             shutil.rmtree(making, ignore_errors=True)
 
-    async def _fetch(self, name: str, declaration: Declaration, making: Path, job: Job) -> None:
-        source = declaration.source
-        job.report("checksum", f"asking for the checksum of {source.file_name}")
-        digest = await fetch_checksum(source.checksums_url, source.file_name)
-        # Outside of the directory being made: a download cut short goes on from where it was.
-        kept = self._directory / f".download-{name}"
-        kept.mkdir(exist_ok=True)
+    def _check_is_new(self, name: str) -> None:
+        if read_ready(self._directory / name) is not None:
+            raise AlreadyExistsError(
+                f"template {name!r} is made already",
+                hint=f"see it with: oscloudctl template-info {name}",
+                object="template",
+                name=name,
+            )
 
-        def report(received_bytes: int, total_bytes: int | None) -> None:
-            fraction = received_bytes / total_bytes if total_bytes else None
-            job.report("downloading", f"{received_bytes >> 20} MiB of {source.file_name}", fraction)
+    def _check_not_being_made(self, name: str) -> None:
+        if name in self._making:
+            raise InUseError(f"template {name!r} is being made already", hint="wait for it")
 
-        image = kept / declaration.image.file
-        await download(source.url, image, expected_sha256=digest, on_progress=report)
-        await check_downloaded_image(image, source.format)
-        image.rename(making / declaration.image.file)
-        shutil.rmtree(kept)
+    async def _find_info(self, name: str) -> TemplateInfo | None:
+        """Describe a template; None where it has just been deleted."""
+        try:
+            return await self.info(name)
+        except (CloudError, OSError):
+            if (self._directory / name).exists():
+                raise
+            return None
+
+    def _state_of(self, name: str) -> str:
+        making = self._making.get(name)
+        return "MISSING" if making is None else _STATES[making.kind]
+
+    def _get_declared(self, name: str, kind: str) -> Path:
+        """Give the directory of a template's declaration, if it is made by `kind`."""
+        _check_file_name(name)
+        made = self.find_ready(name)
+        verb = (made.declaration if made else self._get_declaration(name)).source.kind
+        if verb != kind:
+            raise InvalidArgumentError(
+                f"template {name!r} can't be made by {kind}",
+                hint=f"use: oscloudctl template-{verb} {name}",
+                parameter="template",
+            )
+        return find_declarations(self._declared_in)[name]
 
     def _get_declaration(self, name: str) -> Declaration:
         directory = find_declarations(self._declared_in).get(name)
@@ -206,35 +287,31 @@ class Templates:
         return read_declaration(directory)
 
 
-async def _run_build(declared: Path, making: Path, job: Job) -> None:
-    program = declared / "build"
-    if not os.access(program, os.X_OK):
-        raise HostError(f"{program} is missing or not executable")
-    job.report("building", f"building {declared.name} from Debian packages")
+def _take_away(name: str, path: Path, removing: Path) -> None:
+    """Take a template out of its place, in a transaction; raises InUseError where it is needed."""
+    disks = [disk.name for disk in Disk.select().where(Disk.template_name == name).limit(10)]
+    if disks:
+        raise InUseError(
+            f"disks stand on template {name!r}: {', '.join(disks)}",
+            hint="delete their vms first: oscloudctl vm-list, oscloudctl vm-delete",
+            disks=disks,
+        )
+    running = JobRow.select().where(JobRow.state == JobState.RUNNING, JobRow.target == name)
+    for job in running.where(JobRow.kind.startswith("template_")):
+        raise InUseError(
+            f"job {job.id} ({job.kind} {name}) is at work on template {name!r}",
+            hint=f"wait for it: oscloudctl job-wait {job.id}",
+            job=job.id,
+        )
+    if path.exists():  # a transaction may be run again
+        path.rename(removing)
 
-    def take(line: str) -> None:
-        if line.startswith(_PROGRESS):
-            percent, _, message = line.removeprefix(_PROGRESS).partition(" ")
-            fraction = float(percent) / 100 if percent.isdigit() else None
-            job.report("building", message, fraction)
 
-    unit = f"oscloud-build-{declared.name}.service"
-    argv = [str(program), str(making)]
-    await run_apart(argv, unit, timeout_seconds=_BUILD_SECONDS, on_line=take)
-
-
-def _seal(making: Path, declaration: Declaration) -> None:
-    """Make the files read-only and durable, the digest last: it is what makes a template."""
-    boot = declaration.boot
-    for name in filter(None, (declaration.image.file, boot.kernel, boot.initrd)):
-        if not (making / name).is_file():
-            raise HostError(f"the template was made without its file {name!r}")
-        # Kernel and initrd are opened again by qemu's own user, hence readable by all.
-        (making / name).chmod(0o444)
-        durable(making / name)
-    digest = sha256_of(making / declaration.image.file)
-    (making / DIGEST).write_text(f"sha256:{digest}\n")
-    durable(making / DIGEST)
+def _remove(paths: list[Path], directory: Path) -> None:
+    """Remove what was taken away, once that is sure to survive a power cut."""
+    durable(directory)
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _size_of(directory: Path) -> int:
@@ -242,6 +319,10 @@ def _size_of(directory: Path) -> int:
 
 
 def _check_file_name(name: str) -> None:
-    too_long = len(name) > _MAX_NAME_LENGTH
-    if not name or too_long or "/" in name or name.startswith(".") or not name.isprintable():
+    if not _is_file_name(name):
         raise missing("template", name)
+
+
+def _is_file_name(name: str) -> bool:
+    can_be_kept = 0 < len(name) <= _MAX_NAME_LENGTH and name.isprintable()
+    return can_be_kept and "/" not in name and not name.startswith(".")

@@ -230,6 +230,10 @@ class VmCreator:
         owner_uid: int,
     ) -> JobRow:
         """Insert the rows, the job's among them; nobody else can be given the same."""
+        if not template.image.exists():
+            raise UnavailableError(
+                f"template {template.name} has just been deleted", hint="choose another image"
+            )
         if warm is not None and not warm.directory.exists():
             raise UnavailableError(
                 f"warm image {warm.name} has just been removed", hint="try again"

@@ -207,14 +207,15 @@ class WarmImages:
         ]
 
     async def prune(self) -> None:
-        """Remove what is broken, too old or too much; nothing that a vm's disk stands on."""
+        """Remove what is broken, of no template, too old or too much; nothing a disk stands on."""
         used = await self._database.run(_count_uses)
         whole = sorted(self._all(), key=lambda image: image.last_used, reverse=True)
         kept, total = {*used, *self.stood_on()}, 0
         oldest = time.time() - self._config.warm.max_age_days * 86400
         for image in whole:
             total += image.disk_usage_bytes()
-            if total <= self._config.warm.max_size_bytes() and image.last_used >= oldest:
+            is_wanted = total <= self._config.warm.max_size_bytes() and image.last_used >= oldest
+            if is_wanted and self._templates.find_ready(image.manifest.template) is not None:
                 kept.add(image.name)
         for path in list(self._directory.glob("[!.]*")):
             # Looked at once more in the thread that writes the rows of new vms: `vm_create` sees to

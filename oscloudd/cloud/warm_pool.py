@@ -86,6 +86,10 @@ class WarmPool:
             self._claimed.pop(spare.uuid, None)
             self.stir()
 
+    async def forget(self, images: set[str]) -> None:
+        """End the spares that stand on these warm images: their template is gone."""
+        await self._drop([spare for spare in self._ready if spare.image in images])
+
     async def make_room(self, wanted_bytes: int) -> None:
         """End what nobody has claimed if else too little memory is available for a vm."""
         if self._ready and wanted_bytes > most_at_once_bytes(self._overcommit):

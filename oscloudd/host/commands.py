@@ -58,18 +58,23 @@ async def run(
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     limits: CommandLimits | None = None,
+    user: str | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> str:
     """Run `argv` and give what it printed on standard output (its last 16 MiB).
 
     `on_line` gets every line of both outputs as it comes, ended by LF or CR. `environment` adds to
-    the allow-list. Raises HostError (details `argv`, `status`, `output`) when the command is
+    the allow-list. With `user` the command has that user and its group; `pass_fds` keep their
+    numbers. Raises HostError (details `argv`, `status`, `output`) when the command is
     missing, fails, or is not done in time.
     """
     argv = list(argv) if limits is None else limits.wrap(argv)
     _log.debug("%s", shlex.join(argv))
     command = _Command(argv, on_line)
     try:
-        command.start(input_text=input_text, environment=environment, cwd=cwd)
+        command.start(
+            input_text=input_text, environment=environment, cwd=cwd, user=user, pass_fds=pass_fds
+        )
         async with asyncio.timeout(timeout_seconds):
             status = await command.wait()
     except TimeoutError as error:
@@ -150,13 +155,21 @@ class _Command:
         self._ending: asyncio.Task[None] | None = None
 
     def start(
-        self, *, input_text: str | None, environment: Mapping[str, str] | None, cwd: Path | None
+        self,
+        *,
+        input_text: str | None,
+        environment: Mapping[str, str] | None,
+        cwd: Path | None,
+        user: str | None,
+        pass_fds: Sequence[int],
     ) -> None:
         stdin_fd = None if input_text is None else _memory_file(input_text)
         try:
             self._process = start_process(
                 self._argv,
                 cwd=cwd,
+                user=user,
+                pass_fds=pass_fds,
                 stdin_fd=stdin_fd,
                 stdout_fd=self.stdout.write_fd,
                 stderr_fd=self._stderr.write_fd,

@@ -1,4 +1,4 @@
-"""Downloads over HTTP: resumed where they broke, checked by SHA256 before they get their name.
+"""Downloads over HTTP: resumed where they broke, checked before they get their name.
 
 Owns `<destination>.part` and `<destination>.part.json` beside it, which remember what is there
 already and of which version of the file. What the file is for is the caller's.
@@ -21,7 +21,8 @@ from typing import IO, cast
 from urllib.parse import urlsplit
 
 from oscloudd.errors import ExhaustedError, HostError, InvalidArgumentError, NotFoundError
-from oscloudd.host.images import publish, sha256_of
+from oscloudd.host.checksums import Checksum, checksum_of, parse_checksums
+from oscloudd.host.images import publish
 from oscloudd.host.resources import disk_free_bytes
 
 _log = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ _ATTEMPTS = 5
 _STALL_SECONDS = 30.0
 _CHECKSUMS_MAX_BYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)")
-# sha256sum(1): digest, a blank, a blank or "*", the name.
-_CHECKSUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 OnProgress = Callable[[int, int | None], None]
 
@@ -50,7 +49,7 @@ async def download(
     url: str,
     destination: Path,
     *,
-    expected_sha256: str,
+    expected: Checksum | None,
     on_progress: OnProgress | None = None,
     stall_seconds: float = _STALL_SECONDS,
     attempts: int = _ATTEMPTS,
@@ -59,10 +58,11 @@ async def download(
 
     `on_progress` gets the bytes there are and how many there will be (None if the server doesn't
     say), in the loop's thread, ten times a second. A connection that breaks, or stands still for
-    `stall_seconds`, is taken up again, `attempts` times in all, and then by the next call. Raises
-    HostError (unreachable, wrong digest), NotFoundError, ExhaustedError for a full disk.
+    `stall_seconds`, is taken up again, `attempts` times in all, and then by the next call. A wrong
+    digest or a full disk leaves nothing of it. Raises HostError (unreachable, wrong digest),
+    NotFoundError, ExhaustedError for a full disk.
     """
-    _check_url(url)
+    check_url(url)
     loop = asyncio.get_running_loop()
 
     def report(received_bytes: int, total_bytes: int | None) -> None:
@@ -71,28 +71,25 @@ async def download(
 
     transfer = _Transfer(url, destination, report, stall_seconds)
     try:
-        await asyncio.to_thread(transfer.run, attempts, expected_sha256.lower())
+        await asyncio.to_thread(transfer.run, attempts, expected)
     except asyncio.CancelledError:
         transfer.cancelled.set()
+        raise
+    except ExhaustedError:
+        transfer.forget()  # kept, it would keep the disk full
         raise
 
 
 async def fetch_checksum(
     checksums_url: str, file_name: str, *, stall_seconds: float = _STALL_SECONDS
-) -> str:
-    """Give the SHA256 that a vendor's SHA256SUMS has for `file_name`, in lower case."""
-    _check_url(checksums_url)
+) -> Checksum:
+    """Give what a vendor's list of checksums has for `file_name`; raises NotFoundError."""
+    check_url(checksums_url)
     text = await asyncio.to_thread(_fetch_text, checksums_url, stall_seconds)
-    digest = parse_checksums(text).get(file_name)
-    if digest is None:
-        raise NotFoundError(f"{checksums_url} has no SHA256 of {file_name!r}")
-    return digest
-
-
-def parse_checksums(text: str) -> dict[str, str]:
-    """Read a SHA256SUMS file: digests by file name."""
-    matches = (_CHECKSUM_LINE.fullmatch(line.strip()) for line in text.splitlines())
-    return {match[2]: match[1].lower() for match in matches if match is not None}
+    checksum = parse_checksums(text).get(file_name)
+    if checksum is None:
+        raise NotFoundError(f"{checksums_url} has no checksum of {file_name!r}")
+    return checksum
 
 
 class _Transfer:
@@ -109,14 +106,20 @@ class _Transfer:
         self._report = report
         self._stall_seconds = stall_seconds
 
-    def run(self, attempts: int, expected_sha256: str) -> None:
+    def run(self, attempts: int, expected: Checksum | None) -> None:
         try:
             self._fetch_all(attempts)
-            self._check(expected_sha256)
+            if expected is not None:
+                self._check(expected)
             publish(self._part, self._destination)
         except OSError as error:
             raise _disk_error(error, self._destination) from error
         self._memory.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove what has come."""
+        self._memory.unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
 
     def _fetch_all(self, attempts: int) -> None:
         for attempt in range(1, attempts + 1):
@@ -142,9 +145,10 @@ class _Transfer:
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not validator:
                 raise _refused(self._url, error) from error
             # The part is as long as the file, or longer than what the file has become.
-            self._forget()
+            self.forget()
             response = _open_fresh(self._url, self._stall_seconds)
         with response:
+            self._check_cancelled()
             self._receive(response, self._place(response, offset))
 
     def _place(self, response: http.client.HTTPResponse, offset: int) -> int:
@@ -154,7 +158,7 @@ class _Transfer:
             return 0
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None or int(match[1]) != offset:
-            self._forget()
+            self.forget()
             raise _ConnectionCutError("the server sent another piece than was asked for")
         return offset
 
@@ -174,14 +178,18 @@ class _Transfer:
     ) -> int:
         next_report = 0.0
         while chunk := self._read(response):
-            if self.cancelled.is_set():
-                raise _CancelledError
+            self._check_cancelled()
             part.write(chunk)
             received += len(chunk)
             if time.monotonic() >= next_report:
                 next_report = time.monotonic() + _REPORT_SECONDS
                 self._report(received, total)
         return received
+
+    def _check_cancelled(self) -> None:
+        # The next download of the same file may be at work already.
+        if self.cancelled.is_set():
+            raise _CancelledError
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         try:
@@ -190,15 +198,15 @@ class _Transfer:
         except (http.client.HTTPException, OSError) as error:
             raise _ConnectionCutError(str(error) or type(error).__name__) from error
 
-    def _check(self, expected_sha256: str) -> None:
-        digest = sha256_of(self._part)
-        if digest != expected_sha256:
-            self._forget()
+    def _check(self, expected: Checksum) -> None:
+        found = checksum_of(self._part, expected.algorithm)
+        if found != expected:
+            self.forget()
             raise HostError(
-                f"{self._url} has SHA256 {digest}, but {expected_sha256} was announced",
+                f"{self._url} has {found}, but {expected.digest} was announced",
                 hint="the download was damaged or replaced; try again later",
-                digest=digest,
-                expected=expected_sha256,
+                digest=found.digest,
+                expected=expected.digest,
             )
 
     def _find_validator(self) -> str | None:
@@ -212,7 +220,7 @@ class _Transfer:
         return None
 
     def _remember(self, response: http.client.HTTPResponse) -> None:
-        self._forget()
+        self.forget()
         etag = response.headers.get("ETag", "")
         # RFC 9110, 13.1.5: a weak tag can't stand in If-Range.
         strong_etag = "" if etag.startswith("W/") else etag
@@ -220,10 +228,6 @@ class _Transfer:
         if validator:
             memory = json.dumps({"url": self._url, "validator": validator})
             self._memory.write_text(memory, encoding="utf-8")
-
-    def _forget(self) -> None:
-        self._memory.unlink(missing_ok=True)
-        self._part.unlink(missing_ok=True)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -240,7 +244,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        _check_url(newurl)
+        check_url(newurl)
         if req.type == "https" and urlsplit(newurl).scheme != "https":
             raise InvalidArgumentError(f"{req.full_url} leads off https to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -293,7 +297,8 @@ def _refused(url: str, error: urllib.error.HTTPError) -> HostError | NotFoundErr
         return HostError(f"{url} was refused with HTTP status {error.code} {error.reason}")
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
+    """Raise InvalidArgumentError unless it is an address of http or https."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InvalidArgumentError(
@@ -311,6 +316,6 @@ def _no_space(destination: Path, needed_bytes: int | None) -> ExhaustedError:
     needed = "" if needed_bytes is None else f": {needed_bytes} bytes are missing yet"
     return ExhaustedError(
         f"there is not enough disk space for {destination}{needed}",
-        hint="free some and start the download again: it goes on where it stopped",
+        hint="free some and start the download again",
         resource="disk",
     )

@@ -1,69 +1,32 @@
-"""Disk images: overlays, conversion, and what an image says of itself.
+"""Disk images: overlays, conversion, sizes, and files that survive a power cut.
 
-The header of a stranger's image is judged by its bytes before qemu-img may open it: a qcow2 can
-name any file of the host as its backing or data file. `qemu-img` always gets the format told.
+`qemu-img` always gets the format told. Whether a stranger's image may be used is judged in
+`image_check`; what is here is for those that were.
 """
 
 import asyncio
 import hashlib
-import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from oscloudd.errors import HostError, InvalidArgumentError
-from oscloudd.host.commands import CommandLimits, run
+from oscloudd.errors import HostError
+from oscloudd.host.commands import run
+from oscloudd.host.image_header import HEADER_BYTES, parse_qcow2_header
 
-# docs/interop/qcow2.txt: version 2 has 72 bytes, version 3 adds feature bits from byte 72 on.
-_HEADER_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
-_HEADER_V3_FEATURES = struct.Struct(">QQQ")
-_HEADER_BYTES = 112
-_MAGIC = b"QFI\xfb"
-_INCOMPATIBLE_DIRTY = 1 << 0
-_INCOMPATIBLE_CORRUPT = 1 << 1
-_INCOMPATIBLE_DATA_FILE = 1 << 2
-_KNOWN_INCOMPATIBLE = 0b11111
-# Larger than any vendor's cloud image by two orders of magnitude.
-_MAX_DOWNLOADED_SIZE_BYTES = 1 << 40
-# What OpenStack grants qemu-img for the same job (oslo.utils imageutils, CVE-2015-5162).
-_INFO_LIMITS = CommandLimits(cpu_seconds=30, address_space_bytes=1 << 30)
 _CONVERT_SECONDS = 1800
 _PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
-
-
-@dataclass(frozen=True)
-class ImageInfo:
-    """What qemu-img says of an image; `actual_size_bytes` is what it takes on the host's disk."""
-
-    virtual_size_bytes: int
-    actual_size_bytes: int
-    format: str
-    backing: str | None
-
-
-@dataclass(frozen=True)
-class Qcow2Header:
-    """The fields of a qcow2 header that decide whether the image may be opened."""
-
-    version: int
-    virtual_size_bytes: int
-    cluster_bits: int
-    backing_offset: int
-    crypt_method: int
-    incompatible_features: int
 
 
 async def create_overlay(path: Path, base_path: Path, base_format: str, size_bytes: int) -> None:
     """Make a durable qcow2 of `size_bytes` at `path` that reads what it lacks from the base.
 
     The size must not be below the base's: the guest would lose the rest. Raises HostError when
-    qemu-img fails, and leaves no half-made file.
+    there is no base or qemu-img fails, and leaves no half-made file.
     """
+    _check_base(base_path)
     try:
         await run(build_overlay_argv(path, base_path, base_format, size_bytes))
         await asyncio.to_thread(durable, path)
@@ -89,7 +52,9 @@ def copy_overlay(path: Path, blank: Path) -> None:
 def build_overlay_argv(path: Path, base_path: Path, base_format: str, size_bytes: int) -> list[str]:
     """Give the command that makes an overlay."""
     # extended_l2: else a write of 4 KiB takes a whole cluster of 64, read from the base.
-    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "-F", base_format]
+    # -u: it would open the base, as root, and that may be a stranger's.
+    options = ["-o", "extended_l2=on", "-u"]
+    argv = ["qemu-img", "create", "-q", *options, "-f", "qcow2", "-F", base_format]
     return [*argv, "-b", _name(base_path), _name(path), str(size_bytes)]
 
 
@@ -101,25 +66,10 @@ def virtual_size_bytes(path: Path, image_format: str) -> int:
     try:
         if image_format == "raw":
             return path.stat().st_size
-        return parse_qcow2_header(_read_header(path)).virtual_size_bytes
+        with path.open("rb") as image:
+            return parse_qcow2_header(image.read(HEADER_BYTES)).virtual_size_bytes
     except OSError as error:
         raise HostError(f"{path} can't be read: {error.strerror}") from error
-
-
-async def image_info(path: Path, image_format: str) -> ImageInfo:
-    """Ask qemu-img, under limits on its time and memory; a running vm may be using the image."""
-    argv = ["qemu-img", "info", "-U", "-f", image_format, "--output=json", _name(path)]
-    return parse_image_info(json.loads(await run(argv, limits=_INFO_LIMITS)))
-
-
-def parse_image_info(answer: dict[str, Any]) -> ImageInfo:
-    """Read what `qemu-img info --output=json` prints."""
-    return ImageInfo(
-        virtual_size_bytes=int(answer["virtual-size"]),
-        actual_size_bytes=int(answer.get("actual-size", 0)),
-        format=str(answer["format"]),
-        backing=answer.get("full-backing-filename", answer.get("backing-filename")),
-    )
 
 
 async def convert(
@@ -157,64 +107,9 @@ def build_convert_argv(
     return [*argv, "-O", destination_format, _name(source), _name(destination)]
 
 
-async def check_downloaded_image(path: Path, image_format: str) -> ImageInfo:
-    """Judge a stranger's image: its header's bytes first, then qemu-img's word.
-
-    Raises InvalidArgumentError with the reason when it may not be used.
-    """
-    if image_format == "qcow2":
-        header = parse_qcow2_header(await asyncio.to_thread(_read_header, path))
-        reason = find_danger(header)
-        if reason is not None:
-            raise InvalidArgumentError(f"image {path.name} is refused: {reason}")
-    info = await image_info(path, image_format)
-    if info.backing is not None or info.virtual_size_bytes > _MAX_DOWNLOADED_SIZE_BYTES:
-        raise InvalidArgumentError(
-            f"image {path.name} is refused: it is larger than 1 TiB or an overlay"
-        )
-    return info
-
-
-def parse_qcow2_header(header: bytes) -> Qcow2Header:
-    """Read the first bytes of a qcow2; raise InvalidArgumentError when they are none's."""
-    if len(header) < _HEADER_V2.size or header[:4] != _MAGIC:
-        raise InvalidArgumentError("this is not a qcow2 image: it does not start like one")
-    fields = _HEADER_V2.unpack_from(header)
-    version = fields[1]
-    if version not in (2, 3) or (version == 3 and len(header) < 104):
-        raise InvalidArgumentError(
-            f"this qcow2 image has version {version}, not 2 or 3, or is cut off"
-        )
-    features = 0
-    if version == 3:
-        features = _HEADER_V3_FEATURES.unpack_from(header, _HEADER_V2.size)[0]
-    return Qcow2Header(
-        version=version,
-        virtual_size_bytes=fields[5],
-        cluster_bits=fields[4],
-        backing_offset=fields[2],
-        crypt_method=fields[6],
-        incompatible_features=features,
-    )
-
-
-def find_danger(header: Qcow2Header) -> str | None:
-    """Give why a downloaded image with this header may not be opened, or None."""
-    features = header.incompatible_features
-    dangers = (
-        (header.backing_offset != 0, "it names a backing file"),
-        (bool(features & _INCOMPATIBLE_DATA_FILE), "it keeps its data in another file"),
-        (header.crypt_method != 0, "it is encrypted"),
-        (bool(features & _INCOMPATIBLE_CORRUPT), "it is marked as corrupt"),
-        (bool(features & _INCOMPATIBLE_DIRTY), "it was not closed properly"),
-        (bool(features & ~_KNOWN_INCOMPATIBLE), "it needs features this program does not know"),
-        (not 9 <= header.cluster_bits <= 21, "its cluster size is out of range"),
-        (
-            not 0 < header.virtual_size_bytes <= _MAX_DOWNLOADED_SIZE_BYTES,
-            "its size is zero or above 1 TiB",
-        ),
-    )
-    return next((reason for found, reason in dangers if found), None)
+def _check_base(path: Path) -> None:
+    if not path.is_file():
+        raise HostError(f"there is no {path} for a disk to stand on")
 
 
 def durable(path: Path) -> None:
@@ -256,8 +151,3 @@ def _sync(path: Path) -> None:
         raise HostError(f"{path} can't be written to disk: {error.strerror}") from error
     finally:
         os.close(fd)
-
-
-def _read_header(path: Path) -> bytes:
-    with path.open("rb") as image:
-        return image.read(_HEADER_BYTES)

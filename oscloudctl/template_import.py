@@ -1,0 +1,97 @@
+"""The command template-import: a template from an image of the user's own."""
+
+import contextlib
+import re
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import click
+
+from oscloudctl.job_call import call_job, print_begun
+from oscloudctl.output import print_list, print_objects
+from oscloudctl.session import (
+    Session,
+    no_wait_option,
+    output_options,
+    pass_session,
+    socket_option,
+)
+from oscloudctl.template import COLUMNS, SILENCE_SECONDS
+from oscloudctl.upload import NotAFileError, Upload
+
+_MAX_NAME_LENGTH = 63
+_SUFFIXES = (".qcow2", ".qcow", ".img", ".raw", ".image", ".bin")
+
+
+@click.command("template-import")
+@click.argument("source", metavar="FILE|URL", type=click.Path())
+@click.option("--name", metavar="NAME", help="The template's name.  [default: the file's]")
+@click.option("--sha256", metavar="HEX", help="What sha256sum prints for it; sha512sum's, too.")
+@click.option(
+    "--format", "image_format", type=click.Choice(["qcow2", "raw"]),
+    help="What it is.  [default: told by its bytes]",
+)  # fmt: skip
+@click.option("--os", metavar="WORDS", help="Its operating system, for lists.  [default: its name]")
+@no_wait_option
+@output_options
+@socket_option
+@pass_session
+def template_import(
+    session: Session,
+    source: str,
+    name: str | None,
+    sha256: str | None,
+    image_format: str | None,
+    os: str | None,
+    *,
+    no_wait: bool,
+    as_json: bool,
+    ids_only: bool,
+) -> None:
+    """Make a template of an image you have.
+
+    It is a disk image, qcow2 or raw, with cloud-init in it: a file that you can read, or what is at
+    an http:// or https:// address, which the daemon downloads itself. The image is kept as it is,
+    once its own bytes have shown that it is whole and names no other file.
+    """
+    is_url = is_address(source)
+    if no_wait and not is_url:
+        raise click.UsageError("a file is sent by this command: it can't be left alone")
+    chosen = name or suggest_name(source)
+    with contextlib.ExitStack() as stack:
+        upload = None if is_url else stack.enter_context(_open(source))
+        answer = call_job(
+            session, "template_import", subject=chosen, silence_seconds=SILENCE_SECONDS,
+            upload=upload, name=chosen, url=source if is_url else None,
+            size=None if upload is None else upload.size_bytes,
+            file_name=None if is_url else Path(source).name,
+            sha256=sha256, format=image_format, os=os, wait=False if no_wait else None,
+        )  # fmt: skip
+    if as_json or ids_only:
+        print_objects([answer], as_json=as_json, ids_only=ids_only)
+    elif no_wait:
+        print_begun([answer])
+    else:
+        print_list([answer], COLUMNS, as_json=False, ids_only=False)
+
+
+def is_address(source: str) -> bool:
+    """Tell whether `source` is meant as an address, whether it can be used or not."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
+
+
+def suggest_name(source: str) -> str:
+    """Give a name for a template made of this file or address."""
+    path = unquote(urlsplit(source).path) if is_address(source) else source
+    name = PurePosixPath(path).name
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
+    return name[:_MAX_NAME_LENGTH]
+
+
+def _open(source: str) -> Upload:
+    try:
+        return Upload(Path(source))
+    except NotAFileError as error:
+        raise click.UsageError(str(error)) from error

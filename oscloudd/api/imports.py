@@ -1,0 +1,75 @@
+"""The parameters of `template_import` turned into what the cloud is asked for."""
+
+from urllib.parse import urlsplit
+
+from oscloudd.api.params import TemplateImportParams
+from oscloudd.cloud.template_files import check_template_name
+from oscloudd.cloud.template_making import ImportRequest
+from oscloudd.errors import InvalidArgumentError
+from oscloudd.host.checksums import parse_checksum
+from oscloudd.host.downloads import check_url
+from oscloudd.host.image_header import MAX_SIZE_BYTES
+
+_MAX_URL_LENGTH = 2000
+_MAX_WORDS_LENGTH = 255
+
+
+def build_import(params: TemplateImportParams) -> ImportRequest:
+    """Check what can be checked without looking at anything; raises InvalidArgumentError."""
+    if (params.url is None) == (params.size is None):
+        raise InvalidArgumentError(
+            "an image comes from its url, or is sent by the caller with its size: give one of them",
+            parameter="url",
+        )
+    source = _words(params.file_name, "file_name")
+    if params.url is None:
+        _check_size(params)
+    else:
+        _check_address(params.url)
+        source = params.url
+    checksum = params.sha256
+    return ImportRequest(
+        name=check_template_name(params.name),
+        source=source or "a file",
+        url=params.url or "",
+        size_bytes=params.size or 0,
+        expected=None if checksum is None else parse_checksum(checksum, parameter="sha256"),
+        format=params.format,
+        os=_words(params.os, "os") or params.name,
+    )
+
+
+def _check_size(params: TemplateImportParams) -> None:
+    size = params.size or 0
+    if not 0 < size <= MAX_SIZE_BYTES:
+        raise InvalidArgumentError(f"size {size} is not between 1 byte and 1 TiB", parameter="size")
+    if not params.wait:
+        raise InvalidArgumentError(
+            "the caller has to stay until its file is there",
+            hint="leave wait out, or give a url",
+            parameter="wait",
+        )
+
+
+def _check_address(url: str) -> None:
+    if len(url) > _MAX_URL_LENGTH or not (url.isascii() and url.isprintable()) or " " in url:
+        raise InvalidArgumentError(
+            f"url {url!r:.200} has characters no address has, or more than {_MAX_URL_LENGTH}",
+            parameter="url",
+        )
+    check_url(url)
+    if urlsplit(url).username is not None:
+        raise InvalidArgumentError(
+            "a url with a user or password in it is not taken: it would be kept and shown",
+            parameter="url",
+        )
+
+
+def _words(text: str, parameter: str) -> str:
+    if not text.isprintable() or len(text) > _MAX_WORDS_LENGTH:
+        raise InvalidArgumentError(
+            f"{parameter} {text!r:.80} has control characters or is longer than "
+            f"{_MAX_WORDS_LENGTH}",
+            parameter=parameter,
+        )
+    return text
