@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from guest_cloud import LIMIT_SECONDS, GuestCloud, is_alive, open_cloud, wait_for_end
-from test_guest_warm_cloud import SHAPE, identity_of
+from test_guest_warm_cloud import SHAPE, identity_of, wait_rested
 
 from oscloudd.host.processes import find_processes_below
 
@@ -83,6 +83,8 @@ def test_new_vms_take_spares_and_are_somebody_each(cloud: GuestCloud) -> None:
     assert one["pid"] in there
     assert other["pid"] in others
     assert one["pid"] not in spares(cloud)
+    for vm in (one, other):
+        wait_rested(cloud, vm)
     seen = [identity_of(cloud, vm) for vm in (one, other)]
     for name in seen[0]:
         assert seen[0][name] != seen[1][name], name
@@ -175,6 +177,7 @@ def test_a_vm_does_without_a_spare_that_does_not_answer(cloud: GuestCloud) -> No
     assert "restore" in vm["timings"]
     assert vm["pid"] not in stopped
     [gone] = [pid for pid in stopped if not is_alive(pid)]
+    wait_rested(cloud, vm)
     kilobytes = int(cloud.ssh(vm, "df -k / | tail -n 1 | awk '{ print $2 }'"))
     assert 1.7 * (1 << 20) < kilobytes < 2 * (1 << 20)
     assert "its spare clone can't be used" in cloud.log()

@@ -67,12 +67,16 @@ def crowd(request: pytest.FixtureRequest) -> Iterator[Crowd]:
     with open_cloud(template) as cloud:
         cloud.call("template_warm", template=template, **SHAPE)
         crowd = Crowd(cloud, template, create_at_once(cloud, template, size))
-        # /run/busybox goes when a clone has done what nobody has to wait for.
         for vm in crowd.vms:
-            cloud.ssh(vm, "while [ -e /run/busybox ]; do sleep 0.2; done")
+            wait_rested(cloud, vm)
         more = ONLY_DEBIAN if template == "debian_12" else {}
         crowd.seen = [identity_of(cloud, vm, **more) for vm in crowd.vms]
         yield crowd
+
+
+def wait_rested(cloud: GuestCloud, vm: dict[str, Any]) -> None:
+    """Wait until a clone has done what nobody has to wait for: /run/busybox goes last."""
+    cloud.ssh(vm, "while [ -e /run/busybox ]; do sleep 0.2; done")
 
 
 def create_at_once(cloud: GuestCloud, template: str, size: int) -> list[dict[str, Any]]:
