@@ -9,6 +9,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,7 @@ class Templates:
         ready = read_ready(self._directory / name)
         if ready is not None:
             return ready
-        declaration = self._get_declaration(name)
+        declaration = self.get_declaration(name)
         verb = declaration.source.kind
         raise InvalidStateError(
             f"disk template {name!r} has not been made yet",
@@ -138,7 +139,7 @@ class Templates:
         """Describe one template; raises NotFoundError."""
         _check_file_name(name)
         ready = await asyncio.to_thread(read_ready, self._directory / name)
-        declaration = ready.declaration if ready else self._get_declaration(name)
+        declaration = ready.declaration if ready else self.get_declaration(name)
         used_by = await self._database.run(
             lambda: Disk.select(fn.COUNT(Disk.id)).where(Disk.template_name == name).scalar()
         )
@@ -168,6 +169,20 @@ class Templates:
         declared = self._get_declared(name, "download")
         fill = partial(self._maker.download, declared)
         return await self._make(name, "download", "", order, fill)
+
+    async def ensure(self, name: str, order: Order) -> ReadyTemplate:
+        """Give a template that vms can be made from, made first where it is declared only.
+
+        The order's listener hears how that goes. Raises what `get_ready` and the making raise.
+        """
+        kind = "" if self.find_ready(name) else self.get_declaration(name).source.kind
+        waiting = Order(order.owner_uid, order.listener)
+        with suppress(AlreadyExistsError):  # somebody else has made it at this moment
+            if kind == "build":
+                await self.build(name, waiting)
+            elif kind == "download":
+                await self.download(name, waiting)
+        return self.get_ready(name)
 
     async def take(
         self, request: ImportRequest, body: AsyncIterator[bytes] | None, order: Order
@@ -271,7 +286,7 @@ class Templates:
         """Give the directory of a template's declaration, if it is made by `kind`."""
         _check_file_name(name)
         made = self.find_ready(name)
-        verb = (made.declaration if made else self._get_declaration(name)).source.kind
+        verb = (made.declaration if made else self.get_declaration(name)).source.kind
         if verb != kind:
             raise InvalidArgumentError(
                 f"template {name!r} can't be made by {kind}",
@@ -280,7 +295,9 @@ class Templates:
             )
         return find_declarations(self._declared_in)[name]
 
-    def _get_declaration(self, name: str) -> Declaration:
+    def get_declaration(self, name: str) -> Declaration:
+        """Give what a template is declared to be; raises NotFoundError."""
+        _check_file_name(name)
         directory = find_declarations(self._declared_in).get(name)
         if directory is None:
             raise missing("template", name)

@@ -25,7 +25,7 @@ from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.operations import OPERATIONS, Operations
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import VmState, WantedState
-from oscloudd.cloud.template_files import ReadyTemplate
+from oscloudd.cloud.template_files import Declaration, ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmInfo, describe, read_vm
 from oscloudd.cloud.vm_states import insert_state_event
@@ -112,9 +112,10 @@ class VmCreator:
     async def create(self, request: VmRequest, order: Order) -> VmInfo | JobInfo:
         """Make a vm, and answer when it has come as far as `request.wait` says.
 
-        With "none" that is at once, and the answer is the job.
+        With "none" that is at once, and the answer is the job; its template has to be there then.
+        Else one that is declared only is made first.
         """
-        template = self._templates.get_ready(request.image)
+        template = await self._get_template(request, order)
         self._check_fits(request, template)
         warm = await self._find_warm(request, template)
         key = await self._keys.take()
@@ -132,6 +133,15 @@ class VmCreator:
         else:
             await asyncio.shield(task)
         return describe(await self._database.run(lambda: read_vm(row.vm_id)))
+
+    async def _get_template(self, request: VmRequest, order: Order) -> ReadyTemplate:
+        """Give the template, made first if need be; nobody waits for one to be refused then."""
+        is_there = self._templates.find_ready(request.image) is not None
+        if is_there or request.wait == "none" or not order.wait:
+            return self._templates.get_ready(request.image)
+        _check_suits(request, self._templates.get_declaration(request.image))
+        await self._database.run(lambda: self._check_can_reserve(request))
+        return await self._templates.ensure(request.image, order)
 
     async def _find_warm(self, request: VmRequest, template: ReadyTemplate) -> WarmImage | None:
         """Choose the warm image a new vm begins with; raises InvalidStateError if it must."""
@@ -157,19 +167,7 @@ class VmCreator:
         await job.passed(running + 1)
 
     def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
-        min_mem_bytes = template.declaration.min_mem_bytes
-        if request.mem_size < min_mem_bytes:
-            raise InvalidArgumentError(
-                f"mem_size {request.mem_size} is too small for {request.image}",
-                hint=f"give it at least {template.declaration.min_mem_size}",
-                parameter="mem_size",
-            )
-        if request.user_data and template.declaration.guest.identity != "cloud-init":
-            raise InvalidArgumentError(
-                f"user_data is for images with cloud-init, and {request.image} has none",
-                hint="leave user_data out, or choose another image",
-                parameter="user_data",
-            )
+        _check_suits(request, template.declaration)
         least = virtual_size_bytes(template.image, template.declaration.image.format)
         if request.disk_size < least:
             raise InvalidArgumentError(
@@ -220,6 +218,13 @@ class VmCreator:
         else:
             await self._pool.end_claimed(spare.uuid)
 
+    def _check_can_reserve(self, request: VmRequest) -> NetworkRecord:
+        """Say in a transaction what stands against a vm; give the network it is to be in."""
+        network = read_network(request.network)
+        _check_name_is_free(request.name)
+        check_memory(request.mem_size, self._config.limits.overcommit)
+        return network
+
     def _reserve(
         self,
         request: VmRequest,
@@ -238,9 +243,7 @@ class VmCreator:
             raise UnavailableError(
                 f"warm image {warm.name} has just been removed", hint="try again"
             )
-        network = read_network(request.network)
-        _check_name_is_free(request.name)
-        check_memory(request.mem_size, self._config.limits.overcommit)
+        network = self._check_can_reserve(request)
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
         given = _allocate(network, request.ip, spare)
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
@@ -327,6 +330,22 @@ def _insert_job(
     insert_state_event(vm.id, vm.name, vm.state, "", vm.wanted_state)
     first = OPERATIONS["vm_create"].steps[0].name
     return insert_job("vm_create", vm.name, vm.owner_uid, stage=first, vm_id=vm.id, params=params)
+
+
+def _check_suits(request: VmRequest, declaration: Declaration) -> None:
+    """Say what a template's declaration has against a vm."""
+    if request.mem_size < declaration.min_mem_bytes:
+        raise InvalidArgumentError(
+            f"mem_size {request.mem_size} is too small for {request.image}",
+            hint=f"give it at least {declaration.min_mem_size}",
+            parameter="mem_size",
+        )
+    if request.user_data and declaration.guest.identity != "cloud-init":
+        raise InvalidArgumentError(
+            f"user_data is for images with cloud-init, and {request.image} has none",
+            hint="leave user_data out, or choose another image",
+            parameter="user_data",
+        )
 
 
 def _check_name_is_free(name: str) -> None:
