@@ -224,7 +224,9 @@ def test_a_template_is_built_with_rights_the_daemon_has_not(host: Host) -> None:
         'touch /mnt/file\nchown 1:1 /mnt/file\nqemu-img create -f qcow2 "$1/disk.qcow2" 1M\n'
     )
     program.chmod(0o755)
-    host.run("oscloudctl", "template-build", "made")
+    small = ("--mem-size", "64M", "--disk-size", "16M", "--wait", "started")
+    host.run("oscloudctl", "vm-create", "first", "--image", "made", *small)
+    host.run("oscloudctl", "vm-delete", "first", "--force", "--yes")
     made = json.loads(host.run("oscloudctl", "template-info", "made", "--json"))
     assert made["state"] == "READY"
     program.write_text("#!/bin/sh\nexec sleep 1000\n")
@@ -239,6 +241,19 @@ def test_a_template_is_built_with_rights_the_daemon_has_not(host: Host) -> None:
     assert failed.returncode == 10
     assert "out of luck" in failed.stdout
     shutil.rmtree(directory)
+
+
+def test_an_image_of_the_users_own_is_judged_by_another_user(host: Host) -> None:
+    image = "/root/mine.qcow2"
+    host.run("qemu-img", "create", "-q", "-f", "qcow2", image, "2M")
+    host.run("oscloudctl", "template-import", image)
+    mine = json.loads(host.run("oscloudctl", "template-info", "mine", "--json"))
+    assert mine["state"] == "READY"
+    host.run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", KEY, "-F", "raw", image, "2M")
+    refused = host.attempt("oscloudctl", "template-import", image, "--name", "other")
+    assert refused.returncode == 2
+    assert "backing file" in refused.stdout
+    host.run("oscloudctl", "template-delete", "mine", "--yes")
 
 
 def test_a_new_vm_need_not_boot(host: Host) -> None:
