@@ -1,6 +1,5 @@
 """The template commands."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from oscloudctl.session import (
     pass_session,
     socket_option,
 )
-from oscloudctl.targets import run_on_each
+from oscloudctl.targets import delete_each, run_on_each
 from oscloudctl.vm import show_each
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -155,26 +154,8 @@ def template_delete(
 
     The warm images of one go with it. What is declared on this box can be made again.
     """
-    if not templates:
-        raise click.UsageError("which template? Name one or more")
-    if (
-        not yes
-        and sys.stdin.isatty()
-        and not click.confirm(f"Delete {', '.join(templates)}?", err=True)
-    ):
-        click.echo("Nothing was deleted.", err=True)
-        return 1
-
-    def delete(template: int | str) -> Any:
-        # Some file systems take long to remove a large file.
-        return session.call("template_delete", timeout_seconds=SILENCE_SECONDS, template=template)
-
-    deleted: list[dict[str, Any]] = []
-    targets = [parse_target(each) for each in templates]
-    status = run_on_each(session, targets, delete, done=deleted.append)
-    if as_json or ids_only:
-        print_objects(deleted, as_json=as_json, ids_only=ids_only)
-    else:
-        for each in deleted:
-            click.echo(f"{each['name']}: deleted")
-    return status
+    # Some file systems take long to remove a large file.
+    return delete_each(
+        session, "template", templates,
+        yes=yes, as_json=as_json, ids_only=ids_only, timeout_seconds=SILENCE_SECONDS,
+    )  # fmt: skip

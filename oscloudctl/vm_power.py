@@ -1,6 +1,5 @@
 """The vm commands that change what it does, from start to delete."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +16,14 @@ from oscloudctl.session import (
     socket_option,
     timeout_option,
 )
-from oscloudctl.targets import Target, all_option, choose_vms, run_on_each, vms_argument
+from oscloudctl.targets import (
+    Target,
+    all_option,
+    choose_vms,
+    confirm_deletion,
+    run_on_each,
+    vms_argument,
+)
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -215,11 +221,9 @@ def vm_delete(
 ) -> int:
     """Delete vms and their disks."""
     targets = choose_vms(session, vms, every=every)
-    if targets and not yes and sys.stdin.isatty():
-        named = ", ".join(map(str, targets))
-        if not click.confirm(f"Delete {named} with all that is on their disks?", err=True):
-            click.echo("Nothing was deleted.", err=True)
-            return 1
+    what = f"{', '.join(map(str, targets))} with all that is on their disks"
+    if targets and not confirm_deletion(what, yes=yes):
+        return 1
     return change_each(
         session, "vm_delete", targets, silence_seconds=timeout + STOP_MARGIN_SECONDS,
         force=force, timeout=timeout, **output,

@@ -326,7 +326,10 @@ class Box:
             if self.daemon is None and self.socket_path.parent.exists():
                 self.start()
             for vm in self.call("vm_list"):
+                self.call("vm_set", vm=vm["id"], protect=False)
                 self.call("vm_delete", vm=vm["id"], force=True)
+            for disk in self.call("disk_list"):
+                self.call("disk_delete", disk=disk["id"])
             left = self.traces()
             assert self.end() == 0, self.log()[-3000:]
             assert not self.socket_path.exists()

@@ -34,6 +34,26 @@ class DiskParams(Params, frozen=True):
     disk: Key
 
 
+class DiskCreateParams(Params, frozen=True):
+    """A new disk: of a size, on a template, or both."""
+
+    name: str
+    size: int | str | None = None
+    template: str | None = None
+
+
+class DiskResizeParams(DiskParams, frozen=True):
+    """A disk and how large it is to become."""
+
+    size: int | str
+
+
+class VmDiskParams(VmParams, frozen=True):
+    """A vm and a disk, each by id or name."""
+
+    disk: Key
+
+
 class NetworkParams(Params, frozen=True):
     """A network by id or name."""
 
@@ -83,7 +103,8 @@ class VmCreateParams(Params, frozen=True):
     image: str | None = None
     network: Key = "default"
     mem_size: int | str = "1G"
-    disk_size: int | str = "10G"
+    disk_size: int | str | None = None
+    disk: Key | None = None
     cpus: int = 1
     ssh_key: str | list[str] = []
     ip: str | None = None
@@ -98,8 +119,12 @@ class VmCreateParams(Params, frozen=True):
 class VmSetParams(VmParams, frozen=True):
     """A vm and what is to be different about it; what is left out stays."""
 
+    name: str | None = None
+    cpus: int | None = None
+    mem_size: int | str | None = None
     autostart: Autostart | None = None
     restart: Restart | None = None
+    protect: bool | None = None
 
 
 class VmStartParams(VmParams, frozen=True):

@@ -13,6 +13,8 @@ import msgspec
 
 from oscloudd import __version__
 from oscloudd.cloud.changes import Changes
+from oscloudd.cloud.data_disks import DataDisks
+from oscloudd.cloud.disk_attachments import DiskAttachments
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
@@ -81,8 +83,9 @@ class Cloud:
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
         self.networks = Networks(config, database)
-        self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
+        self.disks = Disks(config, database, self.templates, self.jobs)
+        data_disks = DataDisks(config, database, self.templates)
         self._leftovers = Leftovers(config, database, self.networks, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
@@ -94,6 +97,7 @@ class Cloud:
             user,
             self._accelerator,
             slots,
+            data_disks,
         )
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
@@ -115,8 +119,11 @@ class Cloud:
             slots,
             self.events,
         )
-        steps = VmSteps(config, self.states, self._supervisor, first_starts, slots, suspension)
+        steps = VmSteps(
+            config, self.states, self._supervisor, first_starts, slots, suspension, data_disks
+        )
         operations = Operations(database, self.jobs, steps)
+        self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
         self.power = VmPower(
             config,
             database,
@@ -130,7 +137,15 @@ class Cloud:
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
         self.host_shutdown = HostShutdown(database, operations, self._keeper)
-        self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)
+        self.vms = Vms(
+            config,
+            database,
+            self.states,
+            self._supervisor,
+            operations,
+            self._keeper,
+            self.templates,
+        )
         self.creator = VmCreator(
             config,
             database,

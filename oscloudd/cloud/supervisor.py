@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from oscloudd.cloud.boot import Boot
+from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
@@ -45,7 +46,7 @@ from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.suspend import restore_whole, transfer_seconds
-from oscloudd.machine.warm import resize_disk, restore_or_end, restoring
+from oscloudd.machine.warm import ended_on_failure, resize_disk, restore_or_end
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Supervisor:
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
         slots: StartSlots,
+        disks: DataDisks,
     ) -> None:
         self._config = config
         self._database = database
@@ -82,6 +84,7 @@ class Supervisor:
         self._templates = templates
         self._user = user
         self._accelerator = accelerator
+        self._disks = disks
         self._held: dict[int, Held] = {}
         self._boot = Boot(config, states, slots)
         self._heartbeat = Heartbeat(config, states, self._attend_again)
@@ -157,13 +160,15 @@ class Supervisor:
             held.timings["spawn"] = time.monotonic() - began
         finally:
             os.close(tap_fd)
-        if warm is not None:
+        if warm is None:
+            await self._disks.equip(vm, held.qemu)
+        else:
             began = time.monotonic()
             await restore_or_end(held.qemu, warm.state, vm.disk_size)
             held.timings["restore"] = time.monotonic() - began
         if saved is not None:
             began, limit = time.monotonic(), transfer_seconds(vm.mem_size)
-            async with restoring(held.qemu, "its saved memory"):
+            async with ended_on_failure(held.qemu, "its saved memory can't be restored"):
                 await restore_whole(held.qemu, saved.descriptor, timeout_seconds=limit)
             held.timings["restore"] = time.monotonic() - began
         started = vm.started if saved is not None else "cold" if warm is None else "warm"

@@ -43,6 +43,19 @@ def _warm_images(database: Any) -> None:
     _add_columns(database, "vm", {"timings": "LONGTEXT NOT NULL DEFAULT '{}'"})
 
 
+def _disks_of_their_own(database: Any) -> None:
+    disk = {
+        "vm_id": "INTEGER",
+        "slot": "INTEGER",
+        "is_kept": "BOOL NOT NULL DEFAULT 0",
+        "has_identity": "BOOL NOT NULL DEFAULT 0",
+    }
+    _add_columns(database, "disk", disk)
+    _add_columns(database, "vm", {"protect": "BOOL NOT NULL DEFAULT 0"})
+    if "disk_vm_id_slot" not in {index.name for index in database.get_indexes("disk")}:
+        database.execute_sql("CREATE UNIQUE INDEX disk_vm_id_slot ON disk (vm_id, slot)")
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -54,6 +67,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _first_tables,
     _journal_and_events,
     _warm_images,
+    _disks_of_their_own,
 )
 
 

@@ -69,14 +69,26 @@ class Network(Table):
 
 
 class Disk(Table):
-    """One qcow2 overlay on a template's base image."""
+    """One qcow2: empty at first, or an overlay on a template's base image.
+
+    The root disk of a vm is in the vm's row; a data disk has its vm and its slot in its own.
+    """
 
     id = IdField()
     name = CharField(max_length=63, unique=True)
     size = BigIntegerField()
     template_name = CharField(max_length=63, null=True)
     warm_image = CharField(max_length=32, null=True)  # the one whose frozen disk is below it
+    vm_id = IntegerField(null=True)  # the vm whose data disk it is
+    slot = IntegerField(null=True)  # in which of its ports it is plugged
+    is_kept = BooleanField(default=False)  # made by itself, it stays when its vm goes
+    has_identity = BooleanField(default=False)  # a vm that is deleted has booted from it
     created_at = DoubleField()
+
+    class Meta:
+        """A port takes one disk."""
+
+        indexes = ((("vm_id", "slot"), True),)
 
 
 class Vm(Table):
@@ -110,6 +122,7 @@ class Vm(Table):
     owner_uid = BigIntegerField()  # up to 2^32 - 2, more than MariaDB's INTEGER holds
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
+    protect = BooleanField(default=False)  # it can't be deleted
     timings = LongTextField(default="{}")  # seconds of each stage of its creation, JSON
     created_at = DoubleField()
 
