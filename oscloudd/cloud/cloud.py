@@ -16,6 +16,7 @@ from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
@@ -80,10 +81,11 @@ class Cloud:
         self.events = Events(database, self.changes)
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
-        self.networks = Networks(config, database)
+        self._firewall = Firewall(database, self.events)
+        self.networks = Networks(config, database, self._firewall)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
-        self._leftovers = Leftovers(config, database, self.networks, self.events)
+        self._leftovers = Leftovers(config, database, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,
@@ -164,6 +166,7 @@ class Cloud:
         """Take hold of what runs and keep house, in the background."""
         self.creator.prepare()
         for work in (
+            self._firewall.keep(),
             self._reconciler.run(),
             self._keep_warm(),
             self._keep_house(),
@@ -181,6 +184,7 @@ class Cloud:
         await self.creator.close()
         await self._pool.close()
         await self._supervisor.close()
+        self._firewall.close()
         for chosen in (self._accelerator, self._qemu):
             chosen.cancel()
         await asyncio.gather(self._accelerator, self._qemu, return_exceptions=True)

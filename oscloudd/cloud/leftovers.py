@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.given_ids import GivenIds, read_given_ids, set_aside
-from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
@@ -67,11 +67,11 @@ class Leftovers:
     """Sweeps them out; remembers what it has told of."""
 
     def __init__(
-        self, config: Config, database: Database, networks: Networks, events: Events
+        self, config: Config, database: Database, firewall: Firewall, events: Events
     ) -> None:
         self._config = config
         self._database = database
-        self._networks = networks
+        self._firewall = firewall
         self._events = events
         self._told: set[Stranger] = set()
 
@@ -161,7 +161,7 @@ class Leftovers:
             )
 
     async def _forget_networks(self) -> None:
-        removed = await self._networks.forget_gone()
+        removed = await self._firewall.forget_gone()
         if removed:
             await self._warn(
                 "firewall",

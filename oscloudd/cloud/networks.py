@@ -9,21 +9,19 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
 from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import (
-    GuestNetwork,
-    apply_ruleset,
-    ensure_forwarding,
-    find_ruleset_bridges,
-)
+from oscloudd.host.network.firewall import ensure_forwarding
+from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database
@@ -93,17 +91,13 @@ def _record(row: Network) -> NetworkRecord:
     )
 
 
-def _read_guest_networks() -> list[GuestNetwork]:
-    records = [_record(row) for row in Network.select()]
-    return [GuestNetwork(record.bridge, record.subnet) for record in records]
-
-
 class Networks:
     """All networks of this cloud and their bridges on this host."""
 
-    def __init__(self, config: Config, database: Database) -> None:
+    def __init__(self, config: Config, database: Database, firewall: Firewall) -> None:
         self._config = config
         self._database = database
+        self._firewall = firewall
         self._host = asyncio.Lock()
         self._known_up: set[int] = set()
         self._checked: dict[int, float] = {}
@@ -149,19 +143,21 @@ class Networks:
             await ensure_bridge(bridge)
             if network.id not in self._known_up:
                 await asyncio.to_thread(ensure_forwarding)
-                await apply_ruleset(await self._database.run(_read_guest_networks))
+                await self._firewall.apply()
                 self._known_up.add(network.id)
             self._checked[network.id] = now
 
-    async def forget_gone(self) -> list[str]:
-        """Take networks that have no row out of the firewall, and give their bridges."""
-        async with self._host:
-            there = await find_ruleset_bridges()
-            networks = await self._database.run(_read_guest_networks)
-            gone = (there or set()) - {network.bridge for network in networks}
-            if gone:
-                await apply_ruleset(networks)
-            return sorted(gone)
+    async def admit(self, vm: VmRecord) -> None:
+        """Have a vm's addresses known on the host, and allowed to come from its tap."""
+        # The kernel asks for an address it does not know once a second only, and a booting guest
+        # misses most of that; and an address that is fixed can't be taken over by another guest.
+        set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
+        await self._firewall.admit(vm)
+
+    async def expel(self, vm: VmRecord) -> None:
+        """Forget what `admit` said of a vm that is being deleted."""
+        delete_neighbour(vm.bridge, IPv4Address(vm.ip))
+        await self._firewall.expel(vm)
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
         """Give the name servers its guests are told."""
