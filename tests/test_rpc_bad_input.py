@@ -309,6 +309,7 @@ BY_KEY: list[tuple[str, str, dict[str, Any]]] = [
     ("vm_qemu_command", "vm", {"command": "query-status"}),
     ("disk_info", "disk", {}),
     ("network_info", "network", {}),
+    ("network_delete", "network", {}),
     ("vm_create", "network", FINE),
 ]
 

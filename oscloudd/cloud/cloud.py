@@ -22,6 +22,7 @@ from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.reconcile import Reconciler
@@ -83,6 +84,7 @@ class Cloud:
         self.jobs = Jobs(database, self.changes, count_steps)
         self._firewall = Firewall(database, self.events)
         self.networks = Networks(config, database, self._firewall)
+        self.network_maker = NetworkMaker(database, self.networks, self.changes)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
         self._leftovers = Leftovers(config, database, self._firewall, self.events)

@@ -26,6 +26,7 @@ class EventKind(StrEnum):
 
     VM_STATE = "vm_state"  # data: state, reason, wanted_state; state DELETED once it is gone
     JOB = "job"  # data: kind, state, stage, message
+    NETWORK = "network"  # data: message
     WARNING = "warning"  # data: message
 
 

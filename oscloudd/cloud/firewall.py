@@ -104,10 +104,13 @@ def _read_all() -> tuple[list[GuestNetwork], list[GuestPort]]:
     A vm that is being deleted is not: its elements may have been taken out already.
     """
     networks = [
-        GuestNetwork(f"oscbr{index}", IPv4Network(f"{ip}/{mask}"))
-        for index, ip, mask in Network.select(
-            Network.bridge_interface_idx, Network.ip, Network.mask
-        ).tuples()
+        GuestNetwork(
+            f"oscbr{row.bridge_interface_idx}",
+            IPv4Network(f"{row.ip}/{row.mask}"),
+            isolated=row.isolated,
+            nat=row.nat,
+        )
+        for row in Network.select()
     ]
     vms = Vm.select(Vm.tap_interface_idx, Vm.mac, Vm.ip).where(Vm.state != VmState.DELETING)
     ports = [GuestPort(f"osctap{tap}", mac, IPv4Address(ip)) for tap, mac, ip in vms.tuples()]

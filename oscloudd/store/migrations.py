@@ -43,6 +43,14 @@ def _warm_images(database: Any) -> None:
     _add_columns(database, "vm", {"timings": "LONGTEXT NOT NULL DEFAULT '{}'"})
 
 
+def _networks_people_make(database: Any) -> None:
+    columns = {
+        "isolated": "BOOLEAN NOT NULL DEFAULT 0",
+        "nat": "BOOLEAN NOT NULL DEFAULT 1",
+    }
+    _add_columns(database, "network", columns)
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -54,6 +62,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _first_tables,
     _journal_and_events,
     _warm_images,
+    _networks_people_make,
 )
 
 
