@@ -49,6 +49,8 @@ COMMANDS: dict[str, Entry] = {
     "disk-delete": Entry(_DISK, "disk_changes", "Delete disks that no vm has."),
     "network-list": Entry(_NETWORK, "network", "List the networks."),
     "network-info": Entry(_NETWORK, "network", "Show all there is to know about networks."),
+    "network-create": Entry(_NETWORK, "network", "Make a network for vms; a name is enough."),
+    "network-delete": Entry(_NETWORK, "network", "Delete networks that no vm is in."),
     "template-list": Entry(_TEMPLATE, "template", "List the templates vms can be made from."),
     "template-info": Entry(_TEMPLATE, "template", "Show all there is to know about templates."),
     "template-build": Entry(_TEMPLATE, "template", "Build templates that are built here."),

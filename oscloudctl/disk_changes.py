@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
+from oscloudctl.deletion import delete_each, yes_option
 from oscloudctl.output import format_value, print_objects
 from oscloudctl.session import (
     Session,
@@ -15,7 +16,6 @@ from oscloudctl.session import (
     socket_option,
     vm_argument,
 )
-from oscloudctl.targets import delete_each
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -112,15 +112,13 @@ def disk_resize(session: Session, disk: str, size: str, *, as_json: bool, ids_on
 
 @click.command("disk-delete")
 @click.argument("disks", metavar="DISK...", nargs=-1, shell_complete=complete_disks)
-@click.option("-y", "--yes", is_flag=True, help="Do not ask (asks only on a terminal).")
+@yes_option
 @output_options
 @socket_option
 @pass_session
-def disk_delete(
-    session: Session, disks: tuple[str, ...], *, yes: bool, as_json: bool, ids_only: bool
-) -> int:
+def disk_delete(session: Session, /, disks: tuple[str, ...], **options: bool) -> int:
     """Delete disks that no vm has."""
-    return delete_each(session, "disk", disks, yes=yes, as_json=as_json, ids_only=ids_only)
+    return delete_each(session, "disk", disks, **options)
 
 
 def _change(session: Session, method: str, **params: Any) -> dict[str, Any]:

@@ -1,12 +1,10 @@
 """One command on several objects: goes on after a failure, ends with the first one's status."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-from oscloudctl.output import print_objects
 from oscloudctl.report import EXIT_INTERRUPTED, report
 from oscloudctl.session import Session, complete_vms, parse_target
 from oscloudd.errors import CloudError
@@ -67,44 +65,4 @@ def run_on_each(
         if session.interrupted and (left := targets[number:]):
             click.echo(f"Not begun: {', '.join(map(str, left))}", err=True)
             return status or EXIT_INTERRUPTED
-    return status
-
-
-def confirm_deletion(what: str, *, yes: bool) -> bool:
-    """Ask on a terminal whether something is to be deleted; say so where nothing is."""
-    if yes or not sys.stdin.isatty() or click.confirm(f"Delete {what}?", err=True):
-        return True
-    click.echo("Nothing was deleted.", err=True)
-    return False
-
-
-def delete_each(
-    session: Session,
-    noun: str,
-    names: tuple[str, ...],
-    *,
-    yes: bool,
-    as_json: bool,
-    ids_only: bool,
-    timeout_seconds: float | None = None,
-) -> int:
-    """Delete each named object of a kind, once that is confirmed; give the exit status."""
-    if not names:
-        raise click.UsageError(f"which {noun}? Name one or more")
-    if not confirm_deletion(", ".join(names), yes=yes):
-        return 1
-    deleted: list[dict[str, Any]] = []
-    status = run_on_each(
-        session,
-        [parse_target(name) for name in names],
-        lambda target: session.client.call(
-            f"{noun}_delete", {noun: target}, timeout_seconds=timeout_seconds
-        ),
-        done=deleted.append,
-    )
-    if as_json or ids_only:
-        print_objects(deleted, as_json=as_json, ids_only=ids_only)
-    else:
-        for each in deleted:
-            click.echo(f"{each['name']}: deleted")
     return status

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
+from oscloudctl.deletion import delete_each, yes_option
 from oscloudctl.output import Column, print_list, print_objects
 from oscloudctl.session import (
     Session,
@@ -15,7 +16,7 @@ from oscloudctl.session import (
     pass_session,
     socket_option,
 )
-from oscloudctl.targets import delete_each, run_on_each
+from oscloudctl.targets import run_on_each
 from oscloudctl.vm import show_each
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -143,19 +144,14 @@ def template_download(session: Session, /, templates: tuple[str, ...], **output:
 
 @click.command("template-delete")
 @templates_argument
-@click.option("-y", "--yes", is_flag=True, help="Do not ask (asks only on a terminal).")
+@yes_option
 @output_options
 @socket_option
 @pass_session
-def template_delete(
-    session: Session, templates: tuple[str, ...], *, yes: bool, as_json: bool, ids_only: bool
-) -> int:
+def template_delete(session: Session, /, templates: tuple[str, ...], **options: bool) -> int:
     """Delete templates that no disk stands on.
 
     The warm images of one go with it. What is declared on this box can be made again.
     """
     # Some file systems take long to remove a large file.
-    return delete_each(
-        session, "template", templates,
-        yes=yes, as_json=as_json, ids_only=ids_only, timeout_seconds=SILENCE_SECONDS,
-    )  # fmt: skip
+    return delete_each(session, "template", templates, silence_seconds=SILENCE_SECONDS, **options)

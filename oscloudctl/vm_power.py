@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
+from oscloudctl.deletion import is_meant, yes_option
 from oscloudctl.job_call import call_job, print_begun
 from oscloudctl.output import print_ids, print_objects
 from oscloudctl.session import (
@@ -20,7 +21,6 @@ from oscloudctl.targets import (
     Target,
     all_option,
     choose_vms,
-    confirm_deletion,
     run_on_each,
     vms_argument,
 )
@@ -201,7 +201,7 @@ def vm_suspend(session: Session, /, vms: tuple[str, ...], *, every: bool, **outp
 @click.command("vm-delete")
 @vms_argument
 @all_option
-@click.option("-y", "--yes", is_flag=True, help="Do not ask (asks only on a terminal).")
+@yes_option
 @force_option
 @timeout_option(30, _STOP_HELP)
 @no_wait_option
@@ -221,8 +221,8 @@ def vm_delete(
 ) -> int:
     """Delete vms and their disks."""
     targets = choose_vms(session, vms, every=every)
-    what = f"{', '.join(map(str, targets))} with all that is on their disks"
-    if targets and not confirm_deletion(what, yes=yes):
+    named = ", ".join(map(str, targets))
+    if targets and not is_meant(f"Delete {named} with all that is on their disks?", yes=yes):
         return 1
     return change_each(
         session, "vm_delete", targets, silence_seconds=timeout + STOP_MARGIN_SECONDS,

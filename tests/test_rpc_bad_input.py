@@ -313,6 +313,7 @@ BY_KEY: list[tuple[str, str, dict[str, Any]]] = [
     ("disk_attach", "vm", {"disk": "data"}),
     ("disk_detach", "vm", {"disk": "data"}),
     ("network_info", "network", {}),
+    ("network_delete", "network", {}),
     ("vm_create", "network", FINE),
 ]
 

@@ -17,7 +17,7 @@ from oscloudd.errors import HostError
 from oscloudd.store import migrations
 from oscloudd.store.database import Database
 from oscloudd.store.mariadb import _Connection
-from oscloudd.store.models import Disk, Event, Job, Meta, Vm
+from oscloudd.store.models import Disk, Event, Job, Meta, Network, Vm
 
 # What oscloudd 0.1.0 made, word for word.
 _VERSION_1 = """
@@ -114,7 +114,8 @@ def tables(path: Path) -> set[str]:
 
 
 def test_a_file_of_version_1_is_taken_over(old_file: Path) -> None:
-    vm, job = read(Database(old_file), lambda: (Vm.get(), Job.get()))
+    vm, job, network = read(Database(old_file), lambda: (Vm.get(), Job.get(), Network.get()))
+    assert (network.name, network.isolated, network.nat) == ("default", False, True)
     assert (vm.id, vm.name, vm.qemu_pid, vm.started_at) == (3, "web", 4711, 1795565078.5)
     assert (job.id, job.state, job.stage) == (7, "RUNNING", "booting")
     assert (job.step, job.params, job.attempts, job.error_kind) == (0, "{}", 1, "")
@@ -310,6 +311,7 @@ def make_version_1(mariadb: MariaDb, name: str) -> None:
         "DELETE FROM meta WHERE name <> 'schema_version'",
         "UPDATE meta SET value = '1'",
         "ALTER TABLE job DROP step, DROP params, DROP attempts, DROP error_kind",
+        "ALTER TABLE network DROP isolated, DROP nat",
     ):
         mariadb.query(statement, database=name)
 

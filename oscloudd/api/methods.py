@@ -9,6 +9,7 @@ from typing import Any
 
 from oscloudd.api.caller import Caller
 from oscloudd.api.imports import build_import
+from oscloudd.api.networks import build_network
 from oscloudd.api.params import (
     DiskCreateParams,
     DiskParams,
@@ -17,6 +18,7 @@ from oscloudd.api.params import (
     JobListParams,
     JobParams,
     JobWaitParams,
+    NetworkCreateParams,
     NetworkParams,
     Params,
     StopGuestsParams,
@@ -270,6 +272,13 @@ METHODS: dict[str, Method] = {
     "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list(), is_list=True),
     "network_info": Method(
         NetworkParams, lambda cloud, params, _: cloud.networks.info(params.network)
+    ),
+    "network_create": Method(
+        NetworkCreateParams,
+        lambda cloud, params, _: cloud.network_maker.create(build_network(params)),
+    ),
+    "network_delete": Method(
+        NetworkParams, lambda cloud, params, _: cloud.network_maker.delete(params.network)
     ),
     "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list(), is_list=True),
     "template_info": Method(

@@ -60,6 +60,16 @@ class NetworkParams(Params, frozen=True):
     network: Key
 
 
+class NetworkCreateParams(Params, frozen=True):
+    """What a new network is to be; `subnet` None is the next free one."""
+
+    name: str
+    subnet: str | None = None
+    isolated: bool = False
+    nat: bool = True
+    dns: list[str] = []
+
+
 class TemplateParams(Params, frozen=True):
     """A template by name."""
 

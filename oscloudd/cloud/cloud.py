@@ -18,11 +18,13 @@ from oscloudd.cloud.disk_attachments import DiskAttachments
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.reconcile import Reconciler
@@ -82,11 +84,13 @@ class Cloud:
         self.events = Events(database, self.changes)
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
-        self.networks = Networks(config, database)
+        self._firewall = Firewall(database, self.events)
+        self.networks = Networks(config, database, self._firewall)
+        self.network_maker = NetworkMaker(database, self.networks, self.changes)
         self.templates = Templates(config, database, self.jobs)
         self.disks = Disks(config, database, self.templates, self.jobs)
         data_disks = DataDisks(config, database, self.templates)
-        self._leftovers = Leftovers(config, database, self.networks, self.events)
+        self._leftovers = Leftovers(config, database, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,
@@ -179,6 +183,7 @@ class Cloud:
         """Take hold of what runs and keep house, in the background."""
         self.creator.prepare()
         for work in (
+            self._firewall.keep(),
             self._reconciler.run(),
             self._keep_warm(),
             self._keep_house(),
@@ -196,6 +201,7 @@ class Cloud:
         await self.creator.close()
         await self._pool.close()
         await self._supervisor.close()
+        self._firewall.close()
         for chosen in (self._accelerator, self._qemu):
             chosen.cancel()
         await asyncio.gather(self._accelerator, self._qemu, return_exceptions=True)

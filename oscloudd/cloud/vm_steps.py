@@ -367,7 +367,7 @@ class VmSteps:
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await asyncio.to_thread(self._paths(vm).remove, keeps_disk=bool(vm.is_disk_kept))
-        self._supervisor.forget_neighbour(vm)
+        await self._supervisor.expel(vm)
 
     async def _release(self, job: Job) -> None:
         """See the end of the vm's qemu, one that nobody has written down included."""

@@ -56,6 +56,14 @@ def _disks_of_their_own(database: Any) -> None:
         database.execute_sql("CREATE UNIQUE INDEX disk_vm_id_slot ON disk (vm_id, slot)")
 
 
+def _networks_people_make(database: Any) -> None:
+    columns = {
+        "isolated": "BOOLEAN NOT NULL DEFAULT 0",
+        "nat": "BOOLEAN NOT NULL DEFAULT 1",
+    }
+    _add_columns(database, "network", columns)
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -68,6 +76,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _journal_and_events,
     _warm_images,
     _disks_of_their_own,
+    _networks_people_make,
 )
 
 

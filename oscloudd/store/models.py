@@ -65,6 +65,8 @@ class Network(Table):
     mask = IntegerField()  # prefix length
     bridge_interface_idx = IntegerField(unique=True)
     dns = LongTextField(default="")  # space separated; "" is the host's own resolvers
+    isolated = BooleanField(default=False)  # its guests reach nothing behind the host
+    nat = BooleanField(default=True)  # without, they go out under their own addresses
     created_at = DoubleField()
 
 
