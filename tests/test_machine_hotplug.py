@@ -92,6 +92,17 @@ def test_a_disk_whose_file_is_gone_leaves_the_machine_as_it_was(
     run(bench, scene())
 
 
+def test_what_a_dead_daemon_had_begun_is_in_nobodys_way(bench: Bench, disk: DataDisk) -> None:
+    async def scene() -> None:
+        machine = await bench.launch()
+        for node in build_disk_nodes(disk):
+            await machine.monitor.execute("blockdev-add", node)
+        await plug_disk(machine, disk)
+        assert await is_plugged(machine, 3)
+
+    run(bench, scene())
+
+
 def test_a_machine_of_an_older_version_has_no_ports(
     bench: Bench, disk: DataDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
