@@ -16,6 +16,7 @@ class Entry(NamedTuple):
 
 _VM = "Virtual machines"
 _INSIDE = "Inside a virtual machine"
+_SNAPSHOT = "Snapshots"
 _DISK = "Disks"
 _NETWORK = "Networks"
 _TEMPLATE = "Templates"
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Entry] = {
     "vm-suspend": Entry(_VM, "vm_power", "Save vms with their memory to disk and end them."),
     "vm-resume": Entry(_VM, "vm_power", "Let paused or suspended vms go on."),
     "vm-delete": Entry(_VM, "vm_power", "Delete vms and their disks."),
+    "vm-clone": Entry(_VM, "vm_clone", "Make a vm with another one's disk, and start it."),
     "vm-rename": Entry(_VM, "vm", "Give a vm another name."),
     "vm-set": Entry(_VM, "vm_set", "Change what vms are: size, name, policies."),
     "vm-wait": Entry(_VM, "vm", "Wait until vms are ready or in a given state."),
@@ -40,6 +42,10 @@ COMMANDS: dict[str, Entry] = {
     "vm-console": Entry(_INSIDE, "vm_inside", "Attach the terminal to a vm's serial console."),
     "vm-log": Entry(_INSIDE, "vm_inside", "Show what a vm printed on its console, or qemu said."),
     "vm-qemu-command": Entry(_INSIDE, "vm_inside", "Send a QMP command to a vm's qemu."),
+    "snapshot-create": Entry(_SNAPSHOT, "snapshot", "Keep a vm's disk as it is, under a name."),
+    "snapshot-list": Entry(_SNAPSHOT, "snapshot", "Show a vm's snapshots as a tree."),
+    "snapshot-restore": Entry(_SNAPSHOT, "snapshot", "Have a vm's disk as it was."),
+    "snapshot-delete": Entry(_SNAPSHOT, "snapshot", "Forget a snapshot."),
     "disk-list": Entry(_DISK, "disk", "List the disks."),
     "disk-info": Entry(_DISK, "disk", "Show all there is to know about disks."),
     "disk-create": Entry(_DISK, "disk_changes", "Make a disk, empty or with a template's system."),

@@ -12,7 +12,7 @@ import click
 Row = dict[str, Any]
 
 EMPTY = "-"
-_SIZES = {"mem_size", "disk_size", "size", "allocated"}
+_SIZES = {"mem_size", "disk_size", "size", "allocated", "layers_allocated"}
 _TIMES = {"created_at", "built_at", "finished_at"}
 
 # ECMA-48: CSI with its parameters and final byte, OSC up to BEL or ST, two-byte sequences.

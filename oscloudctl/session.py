@@ -93,14 +93,16 @@ def output_options(function: Decorated) -> Decorated:
     return json_option(quiet(function))
 
 
-def complete_from(method: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Give a completer that offers the names a list method answers."""
+def complete_from(
+    method: str, **params: Any
+) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Give a completer that offers the names a list method answers, asked with `params`."""
 
     def complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
         root_socket = ctx.find_root().params.get("socket")
         session = ctx.find_object(Session) or Session(root_socket)
         try:
-            rows = session.call(method, timeout_seconds=COMPLETION_TIMEOUT_SECONDS)
+            rows = session.call(method, timeout_seconds=COMPLETION_TIMEOUT_SECONDS, **params)
         except CloudError:
             return []
         words = [str(row["name"]) for row in rows]

@@ -25,6 +25,12 @@ DEFAULT_IMAGE = "debian_12"
 SILENCE_SECONDS = 900.0
 
 
+wait_option = click.option(
+    "--wait", type=click.Choice(["none", "started", "ready"]),
+    help="Come back when its ssh server answers, when qemu runs, or at once.  [default: ready]",
+)  # fmt: skip
+
+
 @click.command("vm-create")
 @click.argument("name")
 @click.option(
@@ -58,10 +64,7 @@ SILENCE_SECONDS = 900.0
     " all without.  [default: auto]",
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Show how long each stage took.")
-@click.option(
-    "--wait", type=click.Choice(["none", "started", "ready"]),
-    help="Come back when its ssh server answers, when qemu runs, or at once.  [default: ready]",
-)  # fmt: skip
+@wait_option
 @no_wait_option
 @output_options
 @socket_option
@@ -92,19 +95,26 @@ def vm_create(
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
     params["user_data"] = _read_user_data(user_data)
-    chosen = _choose_wait(wait, no_wait=no_wait)
+    chosen = choose_wait(wait, no_wait=no_wait)
     answer = call_job(
         session, "vm_create", silence_seconds=SILENCE_SECONDS, name=name, wait=chosen, **params
     )
+    print_made(answer, chosen, as_json=as_json, ids_only=ids_only, verbose=verbose)
+
+
+def print_made(
+    answer: dict[str, Any], wait: str, *, as_json: bool, ids_only: bool, verbose: bool = False
+) -> None:
+    """Print a new vm as asked for, or the job that makes it, and what to do next."""
     if as_json or ids_only:
         print_objects([answer], as_json=as_json, ids_only=ids_only)
-    elif chosen == "none":
+    elif wait == "none":
         print_begun([answer])
     else:
         print_objects([answer], as_json=False)
         if verbose:
             _print_timings(answer)
-        _print_next(name, chosen)
+        _print_next(answer["name"], wait)
 
 
 def _print_timings(vm: dict[str, Any]) -> None:
@@ -112,7 +122,8 @@ def _print_timings(vm: dict[str, Any]) -> None:
         click.echo(f"{stage:>10}  {seconds * 1000:8.0f} ms", err=True)
 
 
-def _choose_wait(wait: str | None, *, no_wait: bool) -> str:
+def choose_wait(wait: str | None, *, no_wait: bool) -> str:
+    """Give the method's `wait` for `--wait` and `--no-wait`; raises UsageError for both."""
     if no_wait and wait not in (None, "none"):
         raise click.UsageError(f"--no-wait and --wait {wait} exclude each other")
     return "none" if no_wait else wait or "ready"

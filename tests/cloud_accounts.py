@@ -30,7 +30,18 @@ def expected_traces(box: Box) -> dict[str, Any]:
     taps = dict(box.rows("SELECT id, tap_interface_idx FROM vm"))
     live = [vm for vm in vms if vm["pid"] is not None]
     logs = [f"log/vm-{vm['id']}{kind}.log" for vm in vms for kind in ("", ".console")]
+    layers = needed_layers(box)
+    snapshots = box.rows(
+        "SELECT vm_id, snapshot.name, kind, layer_id FROM snapshot JOIN vm ON vm.id = vm_id"
+        " ORDER BY snapshot.id"
+    )
     expected: dict[str, Any] = {
+        "layer rows": layers,
+        "layers": sorted(f"state/layers/{number}" for number in layers),
+        "snapshot rows": [row[:2] for row in snapshots],
+        "memory of layers": sorted(
+            f"state/layers/{layer}/memory" for _, _, kind, layer in snapshots if kind == "memory"
+        ),
         "vm rows": sorted((vm["id"], vm["name"]) for vm in vms),
         "disk rows": sorted(disks),
         "taps": sorted(f"osctap{taps.get(vm['id'])}" for vm in live),
@@ -45,6 +56,18 @@ def expected_traces(box: Box) -> dict[str, Any]:
         "logs": sorted(logs),
     }
     return {name: what for name, what in expected.items() if what}
+
+
+def needed_layers(box: Box) -> list[int]:
+    """Give the layers that a disk of a vm or a snapshot stands on."""
+    parents = dict(box.rows("SELECT id, parent_id FROM layer WHERE whole"))
+    tops = box.rows("SELECT layer_id FROM disk UNION SELECT layer_id FROM snapshot")
+    needed: set[int] = set()
+    for (layer,) in tops:
+        while layer is not None:
+            needed.add(layer)
+            layer = parents[layer]
+    return sorted(needed)
 
 
 def seen_traces(box: Box) -> dict[str, Any]:

@@ -49,6 +49,8 @@ os = "Fake 1"
 min_mem_size = "64M"
 [source]
 kind = "build"
+[boot]
+kernel = "vmlinuz"
 [guest]
 identity = "serial"
 """
@@ -166,6 +168,7 @@ class Box:
         directory = self.root / "state" / "templates" / IMAGE
         directory.mkdir(parents=True)
         (directory / "template.toml").write_text(_TEMPLATE)
+        (directory / "vmlinuz").touch()
         image = directory / "disk.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
         image.chmod(0o444)
@@ -299,6 +302,8 @@ class Box:
         found: dict[str, Any] = {
             "vm rows": self.rows("SELECT id, name FROM vm"),
             "disk rows": self.rows("SELECT id, name FROM disk"),
+            "layer rows": [number for (number,) in self.rows("SELECT id FROM layer ORDER BY id")],
+            "snapshot rows": self.rows("SELECT vm_id, name FROM snapshot ORDER BY id"),
             "unfinished jobs": self.rows("SELECT id, kind FROM job WHERE state = 'RUNNING'"),
             "taps": sorted(name for name in names if "tap" in name or "oscwarm" in name),
             "addresses": sorted(neighbour["dst"] for neighbour in neighbours),
@@ -308,6 +313,9 @@ class Box:
         for name, pattern in (
             ("run directories", "run/vms/*"),
             ("disks", "state/disks/*"),
+            ("overlays to be", "state/disks/*/next.qcow2"),
+            ("layers", "state/layers/*"),
+            ("memory of layers", "state/layers/*/memory*"),
             ("saved memory", "state/disks/*/suspended*"),
             ("logs", "log/*"),
             ("temporary files", "tmp/*"),

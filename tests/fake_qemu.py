@@ -137,6 +137,8 @@ class FakeQemu:
             self.status = "inmigrate"
         self.given: dict[str, Any] = {}
         self.state_files: dict[str, int] = {}
+        self.top = "disk"
+        self.frozen: list[int] = []
         self.migration = "none"
         self.sets: dict[int, list[int]] = {}
         self.nodes: dict[str, dict[str, Any]] = {}
@@ -173,11 +175,29 @@ class FakeQemu:
 
     def disk(self) -> int:
         """Give the descriptor of the disk itself, which a guest keeps its identity on."""
+        if self.top != "disk":
+            return self.descriptor_of(self.top)
+        return self.files()["disk-file"]
+
+    def descriptor_of(self, node: str) -> int:
+        """Give the first descriptor of the set that a node's file is in, of those given later."""
+        number = int(self.nodes[f"{node}-file"]["filename"].removeprefix("/dev/fdset/"))
+        return self.sets[number][0]
+
+    def files(self) -> dict[str, int]:
         nodes = [json.loads(v) for v in self.arguments if v.startswith('{"driver":"file"')]
-        name = next(node["filename"] for node in nodes if node["node-name"] == "disk-file")
-        descriptor = self.descriptor(name)
-        assert descriptor is not None
-        return descriptor
+        found = {node["node-name"]: self.descriptor(node["filename"]) for node in nodes}
+        return {name: number for name, number in found.items() if number is not None}
+
+    def layers(self) -> list[int]:
+        """Give the descriptors of what the disk stands on, the top first."""
+        started = [number for name, number in self.files().items() if name.startswith("layer")]
+        return [*reversed(self.frozen), *reversed(started)]
+
+    def marked(self) -> int:
+        """Give the uppermost file that has a mark; the disk where none has."""
+        chain = [self.disk(), *self.layers()]
+        return next((each for each in chain if self.mark_in(each) in (MARK, RAN)), chain[0])
 
     def open_memory(self) -> int | None:
         """Open the memory file as qemu 7.2 does, by its name and read-write."""
@@ -190,7 +210,8 @@ class FakeQemu:
 
     def shape(self) -> dict[str, Any]:
         """Give what a saved machine and the one that goes on must have in common."""
-        options = ("-machine", "-m", "-smp", "-cpu", "-accel", "-append")
+        options = ("-machine", "-m", "-smp", "-cpu", "-accel")
+        # What a kernel was started with is in its memory.
         return {"saved": True, **{option: self.value(option) for option in options}}
 
     # The life of it
@@ -277,7 +298,7 @@ class FakeQemu:
         return {"status": self.status, "running": running, "singlestep": False}
 
     def do_cont(self) -> None:
-        if self.status != "running" and self.read_mark() == MARK:
+        if self.status != "running" and self.is_somebody():
             self.write_runs(self.runs() + 1)
         self.status = "running"
         self.event("RESUME")
@@ -300,8 +321,18 @@ class FakeQemu:
         self.status = "io-error"
         self.event("STOP")
 
-    def do_query_block(self) -> list[dict[str, str]]:
-        return [{"io-status": "nospace" if self.status == "io-error" else "ok"}]
+    def do_query_block(self) -> list[dict[str, Any]]:
+        disk = {"qdev": "/machine/peripheral/disk0/x", "inserted": {"node-name": self.top}}
+        return [{"io-status": "nospace" if self.status == "io-error" else "ok", **disk}]
+
+    def do_query_named_block_nodes(self) -> list[dict[str, str]]:
+        return [{"node-name": name} for name in self.nodes]
+
+    def do_blockdev_snapshot(self) -> None:
+        assert self.given["node"] == self.top, self.given
+        assert self.given["overlay"] in self.nodes, self.given
+        self.frozen.append(self.disk())
+        self.top = self.given["overlay"]
 
     def do_system_reset(self) -> None:
         self.event("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
@@ -462,9 +493,7 @@ class FakeQemu:
 
     def do_block_resize(self) -> None:
         name = self.given["node-name"]
-        if name != "disk":
-            number = int(self.nodes[f"{name}-file"]["filename"].removeprefix("/dev/fdset/"))
-        descriptor = self.disk() if name == "disk" else self.sets[number][0]
+        descriptor = self.disk() if name == self.top else self.descriptor_of(name)
         # Where a qcow2 says how large its disk is.
         os.pwrite(descriptor, self.given["size"].to_bytes(8, "big"), 24)
 
@@ -482,30 +511,41 @@ class FakeQemu:
         if self.fault == "shutdown_after_cont":
             self.end("guest-shutdown")
         self.print("Linux version 0.0-fake\n")
-        if self.read_mark() == MARK:
+        if self.is_somebody():
             self.login()
         else:
             self.identity_lines = []
             self.print("oscloud-identity: ready\n")
 
     def read_mark(self) -> bytes:
-        return os.pread(self.disk(), len(MARK), self.mark_offset())
+        return self.mark_in(self.marked())
 
-    def write_mark(self, mark: bytes) -> None:
-        is_marked = self.read_mark() in (MARK, RAN)
-        offset = self.mark_offset() if is_marked else os.fstat(self.disk()).st_size
-        os.pwrite(self.disk(), mark + RUNS % 0, offset)
+    def is_somebody(self) -> bool:
+        """Tell whether the guest has its identity; that of a copy's original is not its own."""
+        is_copy = "oscloud.identity=" in self.value("-append")
+        return (self.mark_in(self.disk()) if is_copy else self.read_mark()) == MARK
 
-    def mark_offset(self) -> int:
-        return max(0, os.fstat(self.disk()).st_size - len(MARK) - len(RUNS % 0))
+    def mark_in(self, file: int) -> bytes:
+        return os.pread(file, len(MARK), mark_offset(file))
+
+    def write_mark(self, mark: bytes, runs: int = 0) -> None:
+        disk = self.disk()
+        is_marked = self.mark_in(disk) in (MARK, RAN)
+        offset = mark_offset(disk) if is_marked else os.fstat(disk).st_size
+        os.pwrite(disk, mark + RUNS % runs, offset)
 
     def runs(self) -> int:
         """Give how often the guest has run since it has its identity."""
-        offset = self.mark_offset() + len(MARK)
-        return int(os.pread(self.disk(), 64, offset)) if self.read_mark() == MARK else 0
+        file = self.marked()
+        is_its_own = self.mark_in(file) == MARK
+        return int(os.pread(file, 64, mark_offset(file) + len(MARK))) if is_its_own else 0
+
+    def do_x_runs(self) -> int:
+        """What no qemu has: what its guest has written to its disk."""
+        return self.runs()
 
     def write_runs(self, number: int) -> None:
-        os.pwrite(self.disk(), RUNS % number, self.mark_offset() + len(MARK))
+        self.write_mark(MARK, number)
 
     def login(self) -> None:
         if self.fault == "chatty":
@@ -568,6 +608,10 @@ class FakeQemu:
             return
         self.channel.send(b"oscloud-identity: applied\n")
         self.login()
+
+
+def mark_offset(file: int) -> int:
+    return max(0, os.fstat(file).st_size - len(MARK) - len(RUNS % 0))
 
 
 def is_postponement(lines: list[str]) -> bool:

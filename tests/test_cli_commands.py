@@ -14,6 +14,7 @@ import click
 import pytest
 from stub_daemon import (
     DEADLINE_SECONDS,
+    JOB,
     VM,
     Call,
     Oscloudctl,
@@ -280,6 +281,63 @@ def test_power_commands(
     timeout = daemon.calls[0][1].get("timeout", 1)
     assert isinstance(timeout, int), "whole seconds are sent as whole numbers"
     assert json.loads(ctl(*command, "--json").stdout)["state"] == "SEEN"
+
+
+SNAPSHOT = {"id": 1, "name": "a", "vm": "web", "description": "", "kind": "disk", "parent": None,
+            "current": False, "size": 10 << 30, "allocated": 1 << 20, "created_at": 0}  # fmt: skip
+
+
+def test_snapshots_are_a_tree(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    rows = [
+        SNAPSHOT,
+        {**SNAPSHOT, "name": "b", "parent": "a"},
+        {**SNAPSHOT, "name": "d", "parent": "b", "current": True},
+        {**SNAPSHOT, "name": "c", "parent": "a", "description": "before the upgrade"},
+        {**SNAPSHOT, "name": "e"},
+    ]
+    daemon.answers["snapshot_list"] = rows
+    lines = ctl("snapshot-list", "web").stdout.splitlines()
+    assert [line[:8].rstrip() for line in lines] == [
+        "NAME", "a", "└ b", "  └ d *", "└ c", "e"
+    ]  # fmt: skip
+    assert lines[4].endswith("before the upgrade")
+    assert json.loads(ctl("snapshot-list", "web", "--json").stdout) == rows
+    daemon.answers["snapshot_list"] = []
+    assert "snapshot-create web NAME" in ctl("snapshot-list", "web").stderr
+
+
+def test_snapshot_commands(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.answers["snapshot_create"] = SNAPSHOT
+    done = ctl("snapshot-create", "web", "a", "--description", "before")
+    assert (done.stdout, "snapshot-restore web a" in done.stderr) == ("web: a\n", True)
+    daemon.answers["snapshot_restore"] = VM
+    assert ctl("snapshot-restore", "web", "a", "--force").stdout == "web: RUNNING\n"
+    deleted = {"deleted": "a", "vm": "web", "kept": False}
+    daemon.answers["snapshot_delete"] = deleted
+    assert ctl("snapshot-delete", "1", "a").stderr == ""
+    daemon.answers["snapshot_delete"] = {**deleted, "kept": True}
+    done = ctl("snapshot-delete", "1", "a")
+    assert (done.stdout, "Its contents stay" in done.stderr) == ("web: a deleted\n", True)
+    assert daemon.calls[:3] == [
+        ("snapshot_create", {"vm": "web", "name": "a", "description": "before", "memory": False}),
+        ("snapshot_restore", {"vm": "web", "snapshot": "a", "force": True, "disk_only": False}),
+        ("snapshot_delete", {"vm": 1, "snapshot": "a"}),
+    ]
+    daemon.answers["snapshot_delete"] = JOB
+    assert "job-wait 7" in ctl("snapshot-delete", "web", "a", "--no-wait").stderr
+
+
+def test_vm_clone_sends_only_what_is_said(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.answers["vm_clone"] = {**VM, "name": "copy"}
+    done = ctl("vm-clone", "1", "copy")
+    assert "vm-ssh copy" in done.stderr
+    ctl("vm-clone", "web", "copy", "--snapshot", "a", "--cpus", "2", "--wait", "started")
+    assert [params for _, params in daemon.calls] == [
+        {"vm": 1, "name": "copy", "wait": "ready"},
+        {"vm": "web", "name": "copy", "snapshot": "a", "cpus": 2, "wait": "started"},
+    ]
+    daemon.answers["vm_clone"] = JOB
+    assert "job-wait 7" in ctl("vm-clone", "web", "copy", "--no-wait").stderr
 
 
 def test_a_suspended_vm_says_how_it_goes_on(ctl: Oscloudctl, daemon: StubDaemon) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from oscloudd.errors import HostError
+from oscloudd.host.image_header import is_blank
 from oscloudd.host.images import (
     build_overlay_argv,
     convert,
@@ -60,6 +61,22 @@ def test_a_copy_of_a_blank_overlay_is_one_of_its_own(tmp_path: Path) -> None:
     assert describe(overlay)["backing-filename"] == str(base)
     shown = subprocess.check_output(["qemu-io", "-f", "qcow2", "-c", "read -P 0 0 4k", blank])
     assert b"verification failed" not in shown
+
+
+def test_an_overlay_is_blank_until_something_is_written(tmp_path: Path) -> None:
+    base = make(tmp_path / "base.qcow2", "-f", "qcow2")
+    overlay = tmp_path / "disk.qcow2"
+    asyncio.run(create_overlay(overlay, base, "qcow2", 8 << 20))
+
+    def looks_blank() -> bool:
+        with overlay.open("rb") as file:
+            return is_blank(file, overlay.stat().st_size)
+
+    assert looks_blank()
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "read 0 4k", overlay], check=True)
+    assert looks_blank()
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -z 0 4k", overlay], check=True)
+    assert not looks_blank()
 
 
 def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:

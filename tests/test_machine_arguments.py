@@ -48,6 +48,10 @@ VECTORS = {
         MachineSpec(**{**vars(SPEC), "incoming": True, "memory_object": True}),
         Descriptors(**ALWAYS, base=14, frozen=18, tap=17),
     ),
+    "on_layers": build_arguments(
+        MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda"}),
+        Descriptors(**ALWAYS, base=14, frozen=18, layers=(20, 21), kernel=15, tap=17),
+    ),
     "accelerator_probe": build_probe_arguments("qemu-system-x86_64", "kvm", 10),
 }
 
@@ -73,3 +77,5 @@ def test_text_of_ours_cannot_become_an_option() -> None:
 def test_every_descriptor_is_passed_on() -> None:
     descriptors = Descriptors(**ALWAYS, tap=17)
     assert descriptors.numbers() == (10, 11, 19, 12, 13, 17)
+    layered = Descriptors(**ALWAYS, base=14, layers=(20, 21))
+    assert layered.numbers() == (10, 11, 19, 12, 13, 14, 20, 21)

@@ -21,11 +21,15 @@ from oscloudd.api.params import (
     NetworkCreateParams,
     NetworkParams,
     Params,
+    SnapshotCreateParams,
+    SnapshotParams,
+    SnapshotRestoreParams,
     StopGuestsParams,
     TemplateImportParams,
     TemplateJobParams,
     TemplateParams,
     TemplateWarmParams,
+    VmCloneParams,
     VmCreateParams,
     VmDiskParams,
     VmLogParams,
@@ -45,6 +49,7 @@ from oscloudd.api.params import (
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.cloud.disks import DiskRequest
 from oscloudd.cloud.jobs import Order
+from oscloudd.cloud.vm_clone import CloneRequest
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
@@ -56,6 +61,7 @@ _MAX_LOG_LINES = 100_000
 _MAX_COMMAND_LENGTH = 100
 # The document goes over a serial line: a password that long is a mistake.
 _MAX_PASSWORD_LENGTH = 256
+_MAX_DESCRIPTION_LENGTH = 1000
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,26 @@ async def _vm_create(cloud: Cloud, params: VmCreateParams, caller: Caller) -> ob
         params, cloud.config.guest.default_image, cloud.config.guest.root_password
     )
     return await cloud.creator.create(request, _order(caller, wait=params.wait != "none"))
+
+
+async def _vm_clone(cloud: Cloud, params: VmCloneParams, caller: Caller) -> object:
+    request = CloneRequest(
+        name=check_name(params.name),
+        snapshot=params.snapshot,
+        mem_size=_parse_size(params.mem_size, parameter="mem_size"),
+        disk_size=_parse_size(params.disk_size, parameter="disk_size"),
+        cpus=params.cpus,
+        ip=params.ip,
+        wait=params.wait,
+    )
+    if params.cpus is not None:
+        _check_cpus(params.cpus)
+    order = _order(caller, wait=params.wait != "none")
+    return await cloud.cloner.clone(params.vm, request, order)
+
+
+def _parse_size(value: int | str | None, *, parameter: str) -> int | None:
+    return None if value is None else parse_size(value, parameter=parameter)
 
 
 async def _vm_start(cloud: Cloud, params: VmStartParams, caller: Caller) -> object:
@@ -141,6 +167,29 @@ async def _vm_set(cloud: Cloud, params: VmSetParams, caller: Caller) -> object:
             "there is nothing to set", hint=f"give one of: {names}", parameter="autostart"
         )
     return await cloud.vms.set(params.vm, settings, _order(caller))
+
+
+async def _snapshot_create(cloud: Cloud, params: SnapshotCreateParams, caller: Caller) -> object:
+    if len(params.description) > _MAX_DESCRIPTION_LENGTH:
+        raise InvalidArgumentError(
+            f"description is longer than {_MAX_DESCRIPTION_LENGTH}", parameter="description"
+        )
+    order = _order(caller, wait=params.wait)
+    return await cloud.snapshots.create(
+        params.vm, check_name(params.name), params.description, order, memory=params.memory
+    )
+
+
+async def _snapshot_restore(cloud: Cloud, params: SnapshotRestoreParams, caller: Caller) -> object:
+    order = _order(caller, wait=params.wait)
+    return await cloud.snapshots.restore(
+        params.vm, params.snapshot, order, force=params.force, disk_only=params.disk_only
+    )
+
+
+async def _snapshot_delete(cloud: Cloud, params: SnapshotParams, caller: Caller) -> object:
+    order = _order(caller, wait=params.wait)
+    return await cloud.snapshots.delete(params.vm, params.snapshot, order)
 
 
 async def _vm_wait(cloud: Cloud, params: VmWaitParams, caller: Caller) -> object:
@@ -256,12 +305,19 @@ METHODS: dict[str, Method] = {
     ),
     "vm_suspend": Method(VmStartParams, _vm_suspend),
     "vm_delete": Method(VmStopParams, _vm_delete),
+    "vm_clone": Method(VmCloneParams, _vm_clone),
     "vm_rename": Method(VmRenameParams, _vm_rename),
     "vm_set": Method(VmSetParams, _vm_set),
     "vm_wait": Method(VmWaitParams, _vm_wait),
     "vm_log": Method(VmLogParams, _vm_log, is_list=True),
     "vm_console": Method(VmParams, _vm_console),
     "vm_qemu_command": Method(VmQemuCommandParams, _vm_qemu_command),
+    "snapshot_create": Method(SnapshotCreateParams, _snapshot_create),
+    "snapshot_list": Method(
+        VmParams, lambda cloud, params, _: cloud.snapshots.list(params.vm), is_list=True
+    ),
+    "snapshot_restore": Method(SnapshotRestoreParams, _snapshot_restore),
+    "snapshot_delete": Method(SnapshotParams, _snapshot_delete),
     "disk_list": Method(Params, lambda cloud, _, __: cloud.disks.list(), is_list=True),
     "disk_info": Method(DiskParams, lambda cloud, params, _: cloud.disks.info(params.disk)),
     "disk_create": Method(DiskCreateParams, _disk_create),

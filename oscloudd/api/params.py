@@ -126,6 +126,18 @@ class VmCreateParams(Params, frozen=True):
     warm: Literal["auto", "off", "only"] | None = None
 
 
+class VmCloneParams(VmParams, frozen=True):
+    """A vm and what its clone is to be; what is left out is as the vm has it."""
+
+    name: str
+    snapshot: str | None = None
+    mem_size: int | str | None = None
+    disk_size: int | str | None = None
+    cpus: int | None = None
+    ip: str | None = None
+    wait: Literal["ready", "started", "none"] = "ready"
+
+
 class VmSetParams(VmParams, frozen=True):
     """A vm and what is to be different about it; what is left out stays."""
 
@@ -160,6 +172,29 @@ class VmRenameParams(VmParams, frozen=True):
     """A vm and its new name."""
 
     name: str
+
+
+class SnapshotCreateParams(VmParams, frozen=True):
+    """A vm and what the snapshot of it is called."""
+
+    name: str
+    description: str = ""
+    memory: bool = False
+    wait: bool = True
+
+
+class SnapshotParams(VmParams, frozen=True):
+    """A vm and one of its snapshots."""
+
+    snapshot: str
+    wait: bool = True
+
+
+class SnapshotRestoreParams(SnapshotParams, frozen=True):
+    """With `force`, what the vm is doing is lost; with `disk_only`, the snapshot's memory is."""
+
+    force: bool = False
+    disk_only: bool = False
 
 
 class VmWaitParams(VmParams, frozen=True):

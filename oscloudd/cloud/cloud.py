@@ -28,15 +28,17 @@ from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.reconcile import Reconciler
+from oscloudd.cloud.snapshot_steps import SnapshotSteps
+from oscloudd.cloud.snapshots import Snapshots
 from oscloudd.cloud.spare import SpareMaker
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.suspension import Suspension
 from oscloudd.cloud.templates import TemplateDeleted, Templates
+from oscloudd.cloud.vm_clone import VmCloner
 from oscloudd.cloud.vm_create import VmCreator
 from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_states import VmStates
-from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.cloud.vms import Vms
 from oscloudd.cloud.warm_images import WarmImages
 from oscloudd.cloud.warm_pool import WarmPool
@@ -123,7 +125,7 @@ class Cloud:
             slots,
             self.events,
         )
-        steps = VmSteps(
+        steps = SnapshotSteps(
             config, self.states, self._supervisor, first_starts, slots, suspension, data_disks
         )
         operations = Operations(database, self.jobs, steps)
@@ -138,6 +140,7 @@ class Cloud:
             operations,
             self._pool,
         )
+        self.snapshots = Snapshots(config, database, suspension, self.jobs, operations)
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
         self.host_shutdown = HostShutdown(database, operations, self._keeper)
@@ -160,6 +163,7 @@ class Cloud:
             self.warm_images,
             self._pool,
         )
+        self.cloner = VmCloner(database, self.snapshots, self.creator)
         self._reconciler = Reconciler(
             config, database, self.states, self._supervisor, steps, operations, self._keeper
         )

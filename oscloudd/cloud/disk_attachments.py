@@ -51,6 +51,7 @@ class DiskAttachments:
             if found.data_vm_id == vm.id:
                 return None
             check_is_free(found)
+            _check_has_no_layers(found)
             self._check_can(vm, "given a disk", may_be_paused=True)
             slot = _free_slot(vm)
             Disk.update(vm_id=vm.id, slot=slot).where(Disk.id == found.id).execute()
@@ -134,6 +135,15 @@ class DiskAttachments:
         if vm.state not in (VmState.RUNNING, VmState.PAUSED):
             refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
         self._supervisor.get(vm)
+
+
+def _check_has_no_layers(disk: DiskRecord) -> None:
+    """Refuse a disk that its last vm has made snapshots of: a port takes an overlay alone."""
+    if disk.layer_id is not None:
+        raise InvalidStateError(
+            f"disk {disk.name!r} stands on layers of snapshots: it can't be a data disk",
+            hint=f"start a vm on it: oscloudctl vm-create NAME --disk {disk.name}",
+        )
 
 
 def _free_slot(vm: VmRecord) -> int:

@@ -30,6 +30,7 @@ class DiskRecord(msgspec.Struct, frozen=True):
     data_vm: str | None
     root_vm_id: int | None
     root_vm: str | None
+    layer_id: int | None
 
     @property
     def vm_id(self) -> int | None:
@@ -56,6 +57,7 @@ def read_disks(condition: Expression | None = None) -> list[DiskRecord]:
         Disk.select(
             Disk.id, Disk.name, Disk.size, Disk.template_name, Disk.slot, Disk.is_kept,
             Disk.has_identity, Disk.created_at, data_vm.id, data_vm.name, root_vm.id, root_vm.name,
+            Disk.layer_id,
         )
         .join(data_vm, JOIN.LEFT_OUTER, on=(data_vm.id == Disk.vm_id))
         .switch(Disk)

@@ -21,6 +21,13 @@ from oscloudd.cloud.disk_records import (
 from oscloudd.cloud.disk_sizes import check_disk_size, check_room
 from oscloudd.cloud.job_rows import insert_job
 from oscloudd.cloud.jobs import Job, Jobs, Order
+from oscloudd.cloud.layers import (
+    find_unneeded_layers,
+    forget_layers,
+    layer_disk,
+    read_chain,
+    remove_layers,
+)
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import disk_directory, disk_file
@@ -37,7 +44,9 @@ class DiskInfo(msgspec.Struct, frozen=True):
     """The answer of `disk_info`: `allocated` is what it takes on the host, in bytes.
 
     `role` is what it is to its vm, root or data; a data disk is in one of the vm's slots, and
-    `serial` is what its guest knows it by. One that is `kept` stays when its vm is deleted.
+    `serial` is what its guest knows it by. One that is `kept` stays when its vm is deleted. It
+    stands on so many `layers`, which snapshots and clones may stand on, too, and which take
+    `layers_allocated`.
     """
 
     id: int
@@ -52,6 +61,8 @@ class DiskInfo(msgspec.Struct, frozen=True):
     kept: bool
     path: str
     allocated: int
+    layers: int
+    layers_allocated: int
     created_at: float
 
 
@@ -88,7 +99,7 @@ class Disks:
 
     async def info(self, key: int | str) -> DiskInfo:
         """Describe one disk; raises NotFoundError."""
-        return self._describe(await self._database.run(lambda: read_disk(key)))
+        return await self._database.run(lambda: self._describe(read_disk(key)))
 
     async def create(self, request: DiskRequest, order: Order) -> DiskInfo:
         """Make an empty disk, or one that begins as a template does."""
@@ -107,16 +118,19 @@ class Disks:
     async def delete(self, key: int | str) -> DiskDeleted:
         """Remove a disk that no vm has: there is no way back."""
 
-        def forget() -> DiskRecord:
+        def forget() -> tuple[DiskRecord, list[int]]:
             disk = read_disk(key)
             check_is_free(disk)
             Disk.delete().where(Disk.id == disk.id).execute()
             tell_disk(disk, "deleted")
-            return disk
+            unneeded = find_unneeded_layers()
+            forget_layers(unneeded)
+            return disk, unneeded
 
-        disk = await self._database.run(forget)
+        disk, unneeded = await self._database.run(forget)
         # A daemon that dies here leaves a directory without a row, which the next one sweeps out.
         await asyncio.to_thread(_remove, disk_directory(self._config, disk.id))
+        await asyncio.to_thread(remove_layers, self._config, unneeded)
         return DiskDeleted(disk.id, disk.name)
 
     async def _make(self, job: Job, size: int, template: ReadyTemplate | None) -> None:
@@ -141,6 +155,7 @@ class Disks:
 
     def _describe(self, disk: DiskRecord) -> DiskInfo:
         path = disk_file(self._config, disk.id)
+        layers = [layer_disk(self._config, each) for each in read_chain(disk.layer_id)]
         return DiskInfo(
             id=disk.id,
             name=disk.name,
@@ -153,9 +168,15 @@ class Disks:
             serial=None if disk.role == "root" else serial_of(disk.name),
             kept=bool(disk.is_kept),
             path=str(path),
-            allocated=path.stat().st_blocks * 512 if path.exists() else 0,
+            allocated=_allocated(path),
+            layers=len(layers),
+            layers_allocated=sum(map(_allocated, layers)),
             created_at=disk.created_at,
         )
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def forget_interrupted(row: JobRow) -> None:

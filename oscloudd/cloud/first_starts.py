@@ -9,6 +9,7 @@ import time
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.layers import layer_disk
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.supervisor import Supervisor
@@ -144,7 +145,9 @@ class FirstStarts:
             await make_clone_disk(paths.disk, warm)
             return
         base, base_format = template.image, template.declaration.image.format
-        if vm.warm_image is not None:
+        if vm.layer_id is not None:
+            base, base_format = layer_disk(self._config, vm.layer_id), "qcow2"
+        elif vm.warm_image is not None:
             base, base_format = frozen_disk(self._config, vm.warm_image), "qcow2"
         await create_overlay(paths.disk, base, base_format, vm.disk_size)
 

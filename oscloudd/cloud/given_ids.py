@@ -1,4 +1,4 @@
-"""Whose an id is: a vm's or disk's of this database, one deleted from it, or another database's.
+"""Whose an id is: of this database, one deleted from it, or another database's.
 
 An id is given once. So one that this database has given and has no row for was deleted here, and
 one it has never given comes from another database, or from a newer state of this one, before an
@@ -9,10 +9,14 @@ remembered. Everything here is for inside a transaction.
 import msgspec
 
 from oscloudd.store.ids import highest_id_given, never_give_up_to
-from oscloudd.store.models import Disk, Meta, Table, Vm
+from oscloudd.store.models import Disk, Layer, Meta, Table, Vm
 
 _Range = tuple[int, int]  # first and last
-_REMEMBERED: dict[type[Table], str] = {Vm: "foreign_vm_ids", Disk: "foreign_disk_ids"}
+_REMEMBERED: dict[type[Table], str] = {
+    Vm: "foreign_vm_ids",
+    Disk: "foreign_disk_ids",
+    Layer: "foreign_layer_ids",
+}
 
 
 class GivenIds(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address
 
 from oscloudd.cloud.events import Events
@@ -27,7 +28,7 @@ from oscloudd.host.network.links import (
 )
 from oscloudd.host.network.neighbours import delete_neighbour
 from oscloudd.store.database import Database
-from oscloudd.store.models import Disk, Network, Vm
+from oscloudd.store.models import Disk, Layer, Network, Vm
 
 _log = logging.getLogger(__name__)
 _TAP = re.compile(r"osctap([0-9]+)", re.ASCII)
@@ -120,6 +121,7 @@ class Leftovers:
         rows = await self._database.run(_read_rows)
         found = [(rows.vms, traces) for traces in listing.vms.values()]
         found += [(rows.disks, traces) for traces in listing.disks.values()]
+        found += [(rows.layers, traces) for traces in listing.layers.values()]
         foreign = [traces for ids, traces in found if ids.is_foreign(traces.number)]
         held = {identity.pid for traces in listing.vms.values() for identity in traces.processes}
         held |= {identity.pid for identity in listing.spares}
@@ -140,10 +142,13 @@ class Leftovers:
         )
 
     async def _set_aside(self, listing: Listing) -> None:
-        highest_vm = max(listing.vms, default=0)
-        highest_disk = max(listing.disks, default=0)
-        await self._database.run(lambda: set_aside(Vm, highest_vm))
-        await self._database.run(lambda: set_aside(Disk, highest_disk))
+        for table, traces in (
+            (Vm, listing.vms),
+            (Disk, listing.disks),
+            (Layer, listing.layers),
+        ):
+            highest = max(traces, default=0)
+            await self._database.run(partial(set_aside, table, highest))
 
     async def _remove(self, traces: Traces) -> None:
         removed = await remove_traces(traces)
@@ -199,6 +204,7 @@ class Leftovers:
 class _Rows:
     vms: GivenIds
     disks: GivenIds
+    layers: GivenIds
     taps: frozenset[str]
     bridges: frozenset[str]
 
@@ -209,6 +215,7 @@ def _read_rows() -> _Rows:
     return _Rows(
         read_given_ids(Vm),
         read_given_ids(Disk),
+        read_given_ids(Layer),
         frozenset(f"osctap{index}" for (index,) in taps),
         frozenset(f"oscbr{index}" for (index,) in bridges),
     )

@@ -8,11 +8,12 @@ time holds a vm. A step added to a list here is journalled, shown and killed in 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oscloudd.cloud.job_rows import insert_job, taken_up_again
 from oscloudd.cloud.jobs import Job, Jobs, Order
+from oscloudd.cloud.snapshot_steps import SnapshotSteps
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.errors import ERRORS_BY_KIND, HostError
@@ -30,13 +31,15 @@ class Step:
     """One step: its name is the stage users see.
 
     `cancellable`: `job_cancel` may cut it short. `holds_vm`: nothing else is done to the vm
-    meanwhile; once a step gives the vm free, those after it do, too.
+    meanwhile; once a step gives the vm free, those after it do, too. `only_if` names a parameter of
+    the job: there is nothing to do unless it is true.
     """
 
-    do: Callable[[VmSteps, Job], Awaitable[None]]
+    do: Callable[[SnapshotSteps, Job], Awaitable[None]]
     says: str
     cancellable: bool = False
     holds_vm: bool = True
+    only_if: str = ""
 
     @property
     def name(self) -> str:
@@ -52,11 +55,11 @@ class Operation:
     """
 
     steps: tuple[Step, ...]
-    undo: Callable[[VmSteps, Job, BaseException], Awaitable[None]]
+    undo: Callable[[SnapshotSteps, Job, BaseException], Awaitable[None]]
     owns_state: bool = True
 
 
-async def _leave(_steps: VmSteps, _job: Job, _error: BaseException) -> None:
+async def _leave(_steps: SnapshotSteps, _job: Job, _error: BaseException) -> None:
     pass
 
 
@@ -78,11 +81,28 @@ _PLUGGING = Step(VmSteps.plugging, "plugging the disk in")
 _UNPLUGGING = Step(VmSteps.unplugging, "waiting for the guest to let go", cancellable=True)
 _DETACHED = Step(VmSteps.detached, "forgetting that it had the disk")
 _GROWING = Step(VmSteps.growing, "making the disk larger")
+_FREEZING = Step(SnapshotSteps.freezing, "making an overlay")
+_SWITCHING = Step(SnapshotSteps.switching, "freezing the disk")
+_RECORDING = Step(SnapshotSteps.recording, "writing that down")
+_HOLDING = Step(SnapshotSteps.holding, "stopping the guest", only_if="memory")
+_REMEMBERING = Step(
+    SnapshotSteps.remembering, "saving its memory", cancellable=True, only_if="memory"
+)
+_GOING_ON = Step(SnapshotSteps.going_on, "letting the guest go on", only_if="memory")
+_OVERLAY = Step(SnapshotSteps.overlay, "making an overlay")
+_PARTING = Step(SnapshotSteps.parting, "clearing up")
+_SWAPPING = Step(SnapshotSteps.swapping, "putting the disk in its place")
+_DROPPING = Step(SnapshotSteps.dropping, "removing what nothing stands on")
+_ON_AGAIN = tuple(replace(step, only_if="runs_on") for step in (_NETWORK, _STARTING, _RUNNING))
+
+_MAKING = Operation((_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _BOOTING), VmSteps.undo_create)
+_KEEPING = Operation(
+    (_FREEZING, _HOLDING, _SWITCHING, _REMEMBERING, _RECORDING, _GOING_ON),
+    SnapshotSteps.undo_freeze,
+)
 
 OPERATIONS: dict[str, Operation] = {
-    "vm_create": Operation(
-        (_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _BOOTING), VmSteps.undo_create
-    ),
+    "vm_create": _MAKING,
     "vm_start": Operation((_NETWORK, _STARTING, _RUNNING), VmSteps.undo_start),
     "vm_stop": Operation((_STOPPING, _STOPPED), VmSteps.undo_stop),
     "vm_suspend": Operation((_SAVING, _SUSPENDED), VmSteps.undo_suspend),
@@ -94,6 +114,14 @@ OPERATIONS: dict[str, Operation] = {
     "disk_attach": Operation((_PLUGGING,), VmSteps.undo_attach, owns_state=False),
     "disk_detach": Operation((_UNPLUGGING, _DETACHED), VmSteps.undo_detach, owns_state=False),
     "disk_resize": Operation((_GROWING,), VmSteps.undo_resize, owns_state=False),
+    "vm_clone": _MAKING,
+    "disk_freeze": _KEEPING,
+    "snapshot_create": _KEEPING,
+    "snapshot_restore": Operation(
+        (_OVERLAY, replace(_STOPPING, cancellable=False), _PARTING, _SWAPPING, *_ON_AGAIN),
+        SnapshotSteps.undo_restore,
+    ),
+    "snapshot_delete": Operation((_DROPPING,), _leave),
 }
 
 
@@ -110,7 +138,7 @@ Decide = Callable[[VmRecord], dict[str, Any] | None]
 class Operations:
     """Begins operations, one at a time for each vm, and takes up those a dead daemon has left."""
 
-    def __init__(self, database: Database, jobs: Jobs, steps: VmSteps) -> None:
+    def __init__(self, database: Database, jobs: Jobs, steps: SnapshotSteps) -> None:
         self._database = database
         self._jobs = jobs
         self._steps = steps
@@ -205,11 +233,10 @@ class Operations:
         if job.attempts > MAX_ATTEMPTS:
             raise HostError(f"given up: {job.attempts - 1} daemons ended in step {step.name}")
         job.cancellable = any(each.cancellable for each in steps[job.step :])
-        job.report(step.name, step.says)
-        if step.cancellable:
-            await job.interruptible(step.do(self._steps, job))
-        else:
-            await step.do(self._steps, job)
+        if not step.only_if or job.params[step.only_if]:
+            job.report(step.name, step.says)
+            work = step.do(self._steps, job)
+            await (job.interruptible(work) if step.cancellable else work)
         await self.step_done(job, job.step + 1, step.name)
 
     async def step_done(self, job: Job, number: int, name: str) -> None:

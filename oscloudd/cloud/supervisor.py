@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from oscloudd.cloud.boot import Boot
 from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
+from oscloudd.cloud.layers import layer_disk, read_chain
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.start_slots import StartSlots
@@ -150,7 +152,7 @@ class Supervisor:
                 incoming=warm is not None or saved is not None,
                 memory_object=saved is not None and saved.has_memory_object,
             )
-            files = self._files(vm, template, warm)
+            files = await self._files(vm, template, warm)
             held = Held(vm.id)
             held.timings = timings
             on_event = self._on_event(held)
@@ -430,9 +432,15 @@ class Supervisor:
     async def _network_of(self, vm: VmRecord) -> NetworkRecord:
         return await self._database.run_when_available(lambda: read_network(vm.network_id))
 
-    def _files(self, vm: VmRecord, template: ReadyTemplate, warm: WarmStart | None) -> MachineFiles:
+    async def _files(
+        self, vm: VmRecord, template: ReadyTemplate, warm: WarmStart | None
+    ) -> MachineFiles:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         paths.run_directory.mkdir(parents=True, exist_ok=True)
+        layers: list[Path] = []
+        if vm.layer_id is not None:
+            chain = await self._states.look(lambda: read_chain(vm.layer_id))
+            layers = [layer_disk(self._config, layer_id) for layer_id in reversed(chain)]
         return MachineFiles(
             run_directory=paths.run_directory,
             qemu_log=paths.qemu_log,
@@ -440,6 +448,7 @@ class Supervisor:
             disk=paths.disk,
             base=template.image,
             frozen=None if vm.warm_image is None else frozen_disk(self._config, vm.warm_image),
+            layers=tuple(layers),
             memory=None if warm is None else warm.memory,
             seed=paths.seed if paths.seed.exists() else None,
             kernel=template.kernel,
@@ -472,6 +481,10 @@ def machine_spec(
     vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str
 ) -> MachineSpec:
     """Give what the machine of a vm is to be."""
+    cmdline = template.declaration.boot.cmdline
+    if vm.layer_id is not None and not vm.identified:
+        # Its disk may be a copy of another's, who is somebody already.
+        cmdline += f" oscloud.identity={vm.uuid}"
     return MachineSpec(
         name=vm.name,
         uuid=vm.uuid,
@@ -481,5 +494,5 @@ def machine_spec(
         mac=vm.mac,
         binary=binary,
         base_format=template.declaration.image.format,
-        cmdline=template.declaration.boot.cmdline,
+        cmdline=cmdline,
     )

@@ -115,6 +115,24 @@ class SuspendedFiles:
             raise HostError(f"{self.part} can't be written: {error.strerror}") from error
         durable(self.directory)
 
+    def take(self, source: "SuspendedFiles") -> None:
+        """Have the same files as `source`, which keeps them; may be called again.
+
+        Raises HostError.
+        """
+        if self.exists():
+            return
+        try:
+            shutil.rmtree(self.part, ignore_errors=True)
+            self.part.mkdir(mode=0o700)
+            for name in MANIFEST, STATE:
+                (self.part / name).hardlink_to(source.directory / name)
+            durable(self.part)
+            self.part.rename(self.directory)
+        except OSError as error:
+            raise HostError(f"{self.directory} can't be written: {error.strerror}") from error
+        durable(self.directory)
+
     def drop(self) -> None:
         """Remove what there is, whole or not; it does not come back after a power cut.
 

@@ -79,12 +79,20 @@ class Suspension:
                 wanted=wanted,
             )
 
-    async def save(self, vm: VmRecord, qemu: Qemu, *, is_resumed: bool) -> None:
+    async def save(
+        self,
+        vm: VmRecord,
+        qemu: Qemu,
+        *,
+        is_resumed: bool,
+        files: SuspendedFiles | None = None,
+    ) -> None:
         """Stop a vm's guest and save its memory, whole or not at all; raises HostError.
 
-        With `is_resumed` an earlier daemon may have come as far as it likes.
+        With `is_resumed` an earlier daemon may have come as far as it likes. `files` is where to,
+        if not beside its disk.
         """
-        files = self._files(vm)
+        files = files or self._files(vm)
         limit = transfer_seconds(vm.mem_size)
         match await ask_saving(qemu) if is_resumed else Saving.NONE:
             case Saving.NONE:
@@ -101,12 +109,13 @@ class Suspension:
 
     # Resuming
 
-    async def check(self, vm: VmRecord) -> Manifest | None:
+    async def check(self, vm: VmRecord, files: SuspendedFiles | None = None) -> Manifest | None:
         """Raise InvalidStateError or HostError if a vm can't go on from its saved memory.
 
         The memory itself is looked at only by `opened`. A vm that was not suspended passes: None.
+        `files` are others than those beside its disk.
         """
-        files = self._files(vm)
+        files = files or self._files(vm)
         if not files.exists():
             if vm.state == VmState.SUSPENDED:
                 raise _with_hint(vm, HostError(f"{files.directory} is missing"))
@@ -173,7 +182,9 @@ class Suspension:
         template = self._templates.get_ready(vm.template)
         spec = machine_spec(vm, template, accelerator, self._config.qemu.binary)
         paths = vm_paths(self._config, vm.id, vm.disk_id)
-        traits = {"memory object": has_object, "seed": paths.seed.exists()}
+        traits: dict[str, object] = {"memory object": has_object, "seed": paths.seed.exists()}
+        if vm.layer_id is not None:  # which never changes, nor does what it stands on
+            traits["layer"] = vm.layer_id
         contents = contents_of(template) | {name: str(trait) for name, trait in traits.items()}
         # The very qemu that runs may be older than what is installed: its version is compared.
         return recipe_key(spec, with_tap=True, binary={}, contents=contents)

@@ -1,4 +1,4 @@
-"""What there is of vms and disks outside the database: directories, logs, processes, by id.
+"""What there is of vms, disks and layers outside the database: directories, logs, processes, by id.
 
 Lists and removes; whose an id is, and so what may be removed, is for `given_ids` to say.
 """
@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oscloudd.cloud.vm_paths import spares_run_directory
+from oscloudd.cloud.vm_paths import layers_directory, spares_run_directory
 from oscloudd.config import Config
 from oscloudd.errors import HostError, NotFoundError
 from oscloudd.host.processes import (
@@ -29,7 +29,7 @@ _LOG = re.compile(r"vm-(.*?)(\.console)?\.log", re.DOTALL)
 
 @dataclass
 class Traces:
-    """What there is of one vm or disk."""
+    """What there is of one vm, disk or layer."""
 
     name: str  # "vm 7"
     number: int
@@ -51,6 +51,7 @@ class Listing:
 
     vms: dict[int, Traces]
     disks: dict[int, Traces]
+    layers: dict[int, Traces]
     strange: list[str]
     spares: list[ProcessIdentity]
 
@@ -72,7 +73,11 @@ def list_traces(config: Config) -> Listing:
             vms.add_path(match[1], path)
     for path in _entries(config.state_path / "disks"):
         disks.add_path(path.name, path)
-    return Listing(vms.by_number, disks.by_number, strange, [found.identity for found in spares])
+    layers = _Collector("layer", strange)
+    for path in _entries(layers_directory(config)):
+        layers.add_path(path.name, path)
+    spare_processes = [found.identity for found in spares]
+    return Listing(vms.by_number, disks.by_number, layers.by_number, strange, spare_processes)
 
 
 async def remove_traces(traces: Traces) -> list[str]:

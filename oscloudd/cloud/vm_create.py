@@ -49,7 +49,7 @@ from oscloudd.host.keys import HostKey, HostKeys
 from oscloudd.host.network.links import numbers_in_use, permanent_addresses
 from oscloudd.host.passwords import hash_password
 from oscloudd.store.database import Database
-from oscloudd.store.models import Disk, Vm
+from oscloudd.store.models import Disk, Layer, Vm
 from oscloudd.store.models import Job as JobRow
 from oscloudd.units import format_size
 
@@ -58,8 +58,19 @@ MAX_CPUS = 255
 
 
 @dataclass(frozen=True)
+class Original:
+    """What the disk of a clone stands on: a layer, and the warm image below that if any."""
+
+    layer_id: int
+    warm_image: str | None
+
+
+@dataclass(frozen=True)
 class VmRequest:
-    """What is asked for, checked as far as it can be without looking at anything."""
+    """What is asked for, checked as far as it can be without looking at anything.
+
+    A clone has an `original`, and who may log in is on its disk: keys and password are of no use.
+    """
 
     name: str
     image: str
@@ -76,6 +87,7 @@ class VmRequest:
     autostart: str = "no"
     restart: str = "no"
     warm: str | None = None
+    original: Original | None = None
 
 
 class VmCreator:
@@ -121,6 +133,17 @@ class VmCreator:
         template = await self._get_template(request, order)
         self._check_fits(request, template)
         warm = await self._find_warm(request, template)
+        return await self._make(request, template, warm, order)
+
+    async def clone(self, request: VmRequest, order: Order) -> VmInfo | JobInfo:
+        """Make a vm whose disk stands on its `original`, and answer as `create` does."""
+        template = self._templates.get_ready(request.image)
+        check_room(self._config, "vm")
+        return await self._make(request, template, None, order)
+
+    async def _make(
+        self, request: VmRequest, template: ReadyTemplate, warm: WarmImage | None, order: Order
+    ) -> VmInfo | JobInfo:
         key = await self._keys.take()
         row = await self._insert(request, template, warm, key, order)
         job, task = await self._operations.begin_made(row, order)
@@ -231,6 +254,11 @@ class VmCreator:
         else:
             await self._pool.end_claimed(spare.uuid)
 
+    async def check_can_clone(self, request: VmRequest) -> None:
+        """Say what stands against a vm before anything is done to its original."""
+        _check_suits(request, self._templates.get_ready(request.image).declaration)
+        await self._database.run(lambda: self._check_can_reserve(request))
+
     def _check_can_reserve(self, request: VmRequest) -> NetworkRecord:
         """Say in a transaction what stands against a vm; give the network it is to be in."""
         network = read_network(request.network)
@@ -256,11 +284,17 @@ class VmCreator:
             raise UnavailableError(
                 f"warm image {warm.name} has just been removed", hint="try again"
             )
+        original = request.original
+        if original is not None and not _is_layer(original.layer_id):
+            raise UnavailableError(
+                "what was to be cloned has just been deleted", hint="see: oscloudctl vm-list"
+            )
         network = self._check_can_reserve(request)
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
         given = _allocate(network, request.ip, spare)
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
+        standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
         if request.disk is not None:
             there = read_disk(request.disk)
@@ -272,7 +306,8 @@ class VmCreator:
                 name=f"{request.name[:54]}-{unique.hex[:8]}",
                 size=request.disk_size,
                 template_name=template.name,
-                warm_image=None if warm is None else warm.name,
+                warm_image=standing_on,
+                layer_id=None if original is None else original.layer_id,
                 created_at=now,
             ).id
         vm = Vm.create(
@@ -311,6 +346,7 @@ class VmCreator:
             authorized_keys=request.ssh_keys,
             host_key=key,
             machine_id=make_machine_id(),
+            keeps_access=request.original is not None,
         )
 
 
@@ -346,8 +382,9 @@ def _insert_job(
     if identity is not None:  # it goes into a seed, which a later daemon may have to write
         params |= {"identity": msgspec.to_builtins(identity), "user_data": request.user_data}
     insert_state_event(vm.id, vm.name, vm.state, "", vm.wanted_state)
-    first = OPERATIONS["vm_create"].steps[0].name
-    return insert_job("vm_create", vm.name, vm.owner_uid, stage=first, vm_id=vm.id, params=params)
+    kind = "vm_create" if request.original is None else "vm_clone"
+    first = OPERATIONS[kind].steps[0].name
+    return insert_job(kind, vm.name, vm.owner_uid, stage=first, vm_id=vm.id, params=params)
 
 
 def _check_suits(request: VmRequest, declaration: Declaration) -> None:
@@ -364,6 +401,10 @@ def _check_suits(request: VmRequest, declaration: Declaration) -> None:
             hint="leave user_data out, or choose another image",
             parameter="user_data",
         )
+
+
+def _is_layer(layer_id: int) -> bool:
+    return bool(Layer.select().where(Layer.id == layer_id, Layer.whole).exists())
 
 
 def _check_name_is_free(name: str) -> None:

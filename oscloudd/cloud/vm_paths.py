@@ -28,6 +28,11 @@ class VmPaths:
         return self.disk_directory / _DISK
 
     @property
+    def next_disk(self) -> Path:
+        """The overlay that is to be the disk in the next moment."""
+        return self.disk_directory / "next.qcow2"
+
+    @property
     def seed(self) -> Path:
         """The NoCloud seed, where the image has cloud-init."""
         return self.disk_directory / "seed.iso"
@@ -58,6 +63,11 @@ def disk_directory(config: Config, disk_id: int) -> Path:
 def disk_file(config: Config, disk_id: int) -> Path:
     """Give the image of a disk."""
     return disk_directory(config, disk_id) / _DISK
+
+
+def layers_directory(config: Config) -> Path:
+    """Give the directory of all layers, each of which has one in it, named by its id."""
+    return config.state_path / "layers"
 
 
 def vm_paths(config: Config, vm_id: int, disk_id: int) -> VmPaths:

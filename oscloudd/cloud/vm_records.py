@@ -63,6 +63,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     template: str
     warm_image: str | None
     is_disk_kept: int  # 0 or 1, as SQLite has it; so are all that say whether
+    layer_id: int | None
     network_id: int
     network: str
     network_ip: str
@@ -124,6 +125,7 @@ _COLUMNS = (
     Disk.template_name,
     Disk.warm_image,
     Disk.is_kept,
+    Disk.layer_id,
     Network.id,
     Network.name,
     Network.ip,

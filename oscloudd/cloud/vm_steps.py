@@ -14,6 +14,7 @@ from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.disk_records import detach_disk
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.layers import find_unneeded_layers, forget_layers, remove_layers
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor, scope_of
@@ -31,11 +32,12 @@ from oscloudd.host.scopes import rename_scope
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.hotplug import node_of, unplug_disk
+from oscloudd.machine.live_disk import top_node
 from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.suspend import let_go_on
 from oscloudd.machine.warm import resize_disk
-from oscloudd.store.models import Disk, Vm
+from oscloudd.store.models import Disk, Snapshot, Vm
 
 _log = logging.getLogger(__name__)
 _CONSOLE_LINES = 15
@@ -205,7 +207,7 @@ class VmSteps:
         """Make a disk larger under its guest; one of a vm that is down grows at its next start."""
         qemu, slot = self._supervisor.find(job.vm_id), job.params["slot"]
         if qemu is not None:
-            node = "disk" if slot is None else node_of(slot)
+            node = await top_node(qemu) if slot is None else node_of(slot)
             await resize_disk(qemu, job.params["size"], node=node)
 
     # When it does not come to its end
@@ -367,6 +369,9 @@ class VmSteps:
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await asyncio.to_thread(self._paths(vm).remove, keeps_disk=bool(vm.is_disk_kept))
+        if vm.layer_id is not None:
+            own = await self._states.look(lambda: find_unneeded_layers(without_vm=vm))
+            await asyncio.to_thread(remove_layers, self._config, own)
         await self._supervisor.expel(vm)
 
     async def _release(self, job: Job) -> None:
@@ -425,8 +430,10 @@ def _forget(vm_id: int) -> None:
     if row is not None:
         name, disk_id, identified = row
         write_gone(vm_id, name)
+        Snapshot.delete().where(Snapshot.vm == vm_id).execute()
         Vm.delete().where(Vm.id == vm_id).execute()
         Disk.update(vm_id=None, slot=None).where(Disk.vm_id == vm_id).execute()
         Disk.delete().where(Disk.id == disk_id, Disk.is_kept == 0).execute()
+        forget_layers(find_unneeded_layers())
         if identified:
             Disk.update(has_identity=True).where(Disk.id == disk_id).execute()

@@ -34,6 +34,7 @@ class GuestIdentity:
     authorized_keys: tuple[str, ...]
     host_key: HostKey
     machine_id: str
+    keeps_access: bool = False  # password and keys are those its disk has already
 
 
 def hostname_of(name: str) -> str:
@@ -65,6 +66,8 @@ def build_document(identity: GuestIdentity) -> str:
         "machine_id": identity.machine_id,
         "greeting": GREETING,
     }
+    if identity.keeps_access:
+        values["keep_access"] = "1"
     return "".join(_line(name, value.encode()) for name, value in values.items())
 
 

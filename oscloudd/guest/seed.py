@@ -57,7 +57,6 @@ def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
         "hostname": identity.hostname,
         "manage_etc_hosts": True,
         "disable_root": False,
-        "ssh_pwauth": bool(identity.root_password_hash),
         # "default" keeps the image's own user beside root.
         "users": ["default", {"name": "root", "ssh_authorized_keys": [*identity.authorized_keys]}],
         "ssh_authorized_keys": [*identity.authorized_keys],
@@ -81,6 +80,12 @@ def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
             },
         ],
     }
+    if identity.keeps_access:
+        # A new instance-id renews all but this.
+        machine_id = {"path": "/etc/machine-id", "content": f"{identity.machine_id}\n"}
+        config["write_files"].append(machine_id)
+        return config
+    config["ssh_pwauth"] = bool(identity.root_password_hash)
     if identity.root_password_hash:
         users = [{"name": "root", "password": identity.root_password_hash, "type": "hash"}]
         config["chpasswd"] = {"expire": False, "users": users}

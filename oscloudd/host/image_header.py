@@ -117,6 +117,17 @@ def parse_qcow2_header(header: bytes) -> Qcow2Header:
     )
 
 
+def is_blank(image: IO[bytes], file_bytes: int) -> bool:
+    """Tell whether an overlay is as it was made: whoever reads it reads what it stands on.
+
+    qemu-img writes the first table (L1) last, and all that is written later is behind it.
+    """
+    header = parse_qcow2_header(image.read(HEADER_BYTES))
+    table_bytes = header.l1_entries * 8
+    is_as_long = file_bytes <= header.l1_offset + table_bytes
+    return is_as_long and not any(_read(image, header.l1_offset, table_bytes))
+
+
 def find_danger(header: Qcow2Header, file_bytes: int) -> str | None:
     """Give why a stranger's image with this header may not be opened, or None."""
     return next((reason for found, reason in _dangers(header, file_bytes) if found), None)

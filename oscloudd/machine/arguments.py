@@ -27,16 +27,23 @@ _PORTS_DEVICE = 0x10
 
 # Numbers of qemu's descriptor sets; "/dev/fdset/N" is what a block or character device opens.
 _DISK_SET, _BASE_SET, _SEED_SET, _CONSOLE_LOG_SET, _FROZEN_SET = 1, 2, 3, 4, 5
+# The first layer's; there is one for each. Plugged in are 100 and more; 1,000 and more are what the
+# disk is given while the machine runs.
+_LAYER_SETS = 200
+
+# The node that the guest's disk is at the start of its machine, and what the guest sees it by.
+DISK_NODE, DISK_DEVICE = "disk", "disk0"
 
 
 @dataclass(frozen=True)
 class Descriptors:
     """Open files a qemu inherits, by their numbers in it; whoever opened them closes them.
 
-    `disk` is read-write, `base`, `frozen` and `seed` read-only, `console_log` write-only with
-    O_APPEND: qemu takes from a set only what has the very access mode it wants. `frozen` is a qcow2
-    between `base` and `disk`. `kernel`, `initrd` and `memory` are opened again through
-    /proc/self/fd, so qemu's user must be allowed to read those files, and to write `memory`.
+    `disk` is read-write, `base`, `frozen`, `layers` and `seed` read-only, `console_log` write-only
+    with O_APPEND: qemu takes from a set only what has the very access mode it wants. `frozen` is a
+    qcow2 between `base` and `disk`; `layers` are more of them above it, the lowest first. `kernel`,
+    `initrd` and `memory` are opened again through /proc/self/fd, so qemu's user must be allowed to
+    read those files, and to write `memory`.
     """
 
     monitor: int
@@ -46,6 +53,7 @@ class Descriptors:
     disk: int
     base: int | None = None
     frozen: int | None = None
+    layers: tuple[int, ...] = ()
     seed: int | None = None
     kernel: int | None = None
     initrd: int | None = None
@@ -54,7 +62,8 @@ class Descriptors:
 
     def numbers(self) -> tuple[int, ...]:
         """Give the numbers in use, for `pass_fds`."""
-        return tuple(number for number in vars(self).values() if number is not None)
+        single = {**vars(self), "layers": None}
+        return (*(number for number in single.values() if number is not None), *self.layers)
 
 
 @dataclass(frozen=True)
@@ -228,11 +237,16 @@ def _disk_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
             "frozen", _FROZEN_SET, "qcow2", read_only=True, options={"backing": below}
         )
         below = "frozen"
+    for number, descriptor in enumerate(descriptors.layers):
+        name, set_id = f"layer{number}", _LAYER_SETS + number
+        arguments += _add_descriptor(descriptor, set_id)
+        arguments += _file_node(name, set_id, "qcow2", read_only=True, options={"backing": below})
+        below = name
     overlay = build_overlay_options(below)
     arguments += _add_descriptor(descriptors.disk, _DISK_SET)
-    arguments += _file_node("disk", _DISK_SET, "qcow2", read_only=False, options=overlay)
+    arguments += _file_node(DISK_NODE, _DISK_SET, "qcow2", read_only=False, options=overlay)
     # A kernel given directly takes the first place for itself.
-    arguments += _disk_device("disk", boot_index=0 if descriptors.kernel is None else None)
+    arguments += _disk_device(DISK_NODE, boot_index=0 if descriptors.kernel is None else None)
     if descriptors.seed is not None:
         arguments += _add_descriptor(descriptors.seed, _SEED_SET)
         arguments += _file_node("seed", _SEED_SET, "raw", read_only=True)

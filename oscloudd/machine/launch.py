@@ -25,7 +25,8 @@ LAUNCH_SECONDS = 30.0
 class MachineFiles:
     """The files a machine stands on; only kernel and initrd must be readable by qemu's own user.
 
-    The disk reads what it lacks from `frozen`, and that from `base`. `memory` holds the guest's
+    The disk reads what it lacks from `layers`, the lowest of which comes first, they from `frozen`,
+    and that from `base`. `memory` holds the guest's
     memory and must have its size; /proc/self/fd/N names one that is open (`sealed_memory`).
     """
 
@@ -35,6 +36,7 @@ class MachineFiles:
     disk: Path
     base: Path | None = None
     frozen: Path | None = None
+    layers: tuple[Path, ...] = ()
     seed: Path | None = None
     kernel: Path | None = None
     initrd: Path | None = None
@@ -112,6 +114,7 @@ def _open_descriptors(
                 disk=_open(stack, files.disk, os.O_RDWR),
                 base=opened(files.base, os.O_RDONLY),
                 frozen=opened(files.frozen, os.O_RDONLY),
+                layers=tuple(_open(stack, path, os.O_RDONLY) for path in files.layers),
                 seed=opened(files.seed, os.O_RDONLY),
                 kernel=opened(files.kernel, os.O_RDONLY),
                 initrd=opened(files.initrd, os.O_RDONLY),

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
@@ -118,7 +118,8 @@ def recipe_key(
     numbers = iter(range(10, 30))
     names = ["monitor", "serial", "channel", "console_log"]
     names += ["disk", "base", "kernel", "initrd", "memory", *(["tap"] if with_tap else [])]
-    descriptors = Descriptors(**{name: next(numbers) for name in names})
+    given: dict[str, Any] = {name: next(numbers) for name in names}
+    descriptors = Descriptors(**given)
     recipe = {
         "version": RECIPE_VERSION,
         "arguments": build_arguments(common, descriptors),

@@ -15,7 +15,7 @@ from peewee import SqliteDatabase
 
 from oscloudd.errors import HostError
 from oscloudd.store.backend import Backend
-from oscloudd.store.models import LATER_TABLES, TABLES, Meta
+from oscloudd.store.models import LATER_TABLES, SNAPSHOT_TABLES, TABLES, Meta
 
 _VERSION = "schema_version"
 
@@ -64,6 +64,11 @@ def _networks_people_make(database: Any) -> None:
     _add_columns(database, "network", columns)
 
 
+def _snapshots(database: Any) -> None:
+    database.create_tables(SNAPSHOT_TABLES)
+    _add_columns(database, "disk", {"layer_id": "INTEGER"})
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -77,6 +82,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _warm_images,
     _disks_of_their_own,
     _networks_people_make,
+    _snapshots,
 )
 
 

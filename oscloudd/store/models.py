@@ -85,12 +85,23 @@ class Disk(Table):
     slot = IntegerField(null=True)  # in which of its ports it is plugged
     is_kept = BooleanField(default=False)  # made by itself, it stays when its vm goes
     has_identity = BooleanField(default=False)  # a vm that is deleted has booted from it
+    layer_id = IntegerField(null=True)  # what the overlay stands on; null: template, warm image
     created_at = DoubleField()
 
     class Meta:
         """A port takes one disk."""
 
         indexes = ((("vm_id", "slot"), True),)
+
+
+class Layer(Table):
+    """What was a disk's overlay until it was frozen: nothing is written to it any more."""
+
+    id = IdField()
+    parent = ForeignKeyField("self", null=True, on_delete="RESTRICT")  # null: template, warm image
+    size = BigIntegerField()  # of the disk, when it was frozen
+    whole = BooleanField(default=False)  # until then it is being frozen, and may become undone
+    created_at = DoubleField()
 
 
 class Vm(Table):
@@ -134,6 +145,23 @@ class Vm(Table):
         indexes = ((("network", "ip"), True),)
 
 
+class Snapshot(Table):
+    """A layer that a user has named, to come back to."""
+
+    id = IdField()
+    vm = ForeignKeyField(Vm, on_delete="RESTRICT")
+    layer = ForeignKeyField(Layer, unique=True, on_delete="RESTRICT")
+    name = CharField(max_length=63)
+    description = LongTextField(default="")
+    kind = CharField(max_length=6)  # disk, or memory: with what the guest had in it
+    created_at = DoubleField()
+
+    class Meta:
+        """A name is one snapshot's of its vm."""
+
+        indexes = ((("vm", "name"), True),)
+
+
 class Job(Table):
     """One long operation: written before anything outside the database happens."""
 
@@ -174,3 +202,4 @@ class Meta(Table):
 
 TABLES = (Network, Disk, Vm, Job)
 LATER_TABLES = (Event, Meta)
+SNAPSHOT_TABLES = (Layer, Snapshot)

@@ -1,0 +1,93 @@
+"""Layers: what were the overlays of disks until they were frozen, and who stands on which.
+
+A disk is an overlay on a layer, that one on its parent, and the lowest on a warm image's frozen
+disk or a template's image. A snapshot is a layer with a name. A layer is kept for as long as a
+disk, a snapshot or another layer stands on it. All that reads rows is for inside a transaction.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from oscloudd.cloud.template_files import ReadyTemplate
+from oscloudd.cloud.vm_paths import layers_directory, vm_paths
+from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.warm_files import frozen_disk
+from oscloudd.config import Config
+from oscloudd.store.models import Disk, Layer, Snapshot
+
+# qemu looks through all of them for each cluster that the upper ones lack.
+MAX_LAYERS = 32
+
+
+def layer_directory(config: Config, layer_id: int) -> Path:
+    """Give the directory of a layer."""
+    return layers_directory(config) / str(layer_id)
+
+
+def layer_disk(config: Config, layer_id: int) -> Path:
+    """Give the qcow2 of a layer, which nobody writes to."""
+    return layer_directory(config, layer_id) / "disk.qcow2"
+
+
+def layer_memory(config: Config, layer_id: int) -> Path:
+    """Give the directory of what a guest had in memory when its disk was frozen."""
+    return layer_directory(config, layer_id) / "memory"
+
+
+def remove_layers(config: Config, layer_ids: Iterable[int]) -> None:
+    """Remove the files of layers; blocks. What is left of them has no row, and is swept out."""
+    for layer_id in layer_ids:
+        shutil.rmtree(layer_directory(config, layer_id), ignore_errors=True)
+
+
+def disk_chain(
+    config: Config, vm: VmRecord, template: ReadyTemplate, layer_ids: Iterable[int]
+) -> list[tuple[Path, str]]:
+    """Give the files that a vm's disk consists of and their formats, the top first.
+
+    `layer_ids` are what `read_chain` says. Only the first is written to.
+    """
+    chain = [(vm_paths(config, vm.id, vm.disk_id).disk, "qcow2")]
+    chain += [(layer_disk(config, layer_id), "qcow2") for layer_id in layer_ids]
+    if vm.warm_image is not None:
+        chain.append((frozen_disk(config, vm.warm_image), "qcow2"))
+    return [*chain, (template.image, template.declaration.image.format)]
+
+
+def read_chain(layer_id: int | None) -> list[int]:
+    """Give a layer and all below it, the top first."""
+    return _follow(layer_id, _read_parents()) if layer_id is not None else []
+
+
+def find_unneeded_layers(*, without_vm: VmRecord | None = None) -> list[int]:
+    """Give the layers that nothing stands on, or nothing would without this vm; children first."""
+    disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
+    snapshots = Snapshot.select(Snapshot.layer)
+    if without_vm is not None and not without_vm.is_disk_kept:
+        disks = disks.where(Disk.id != without_vm.disk_id)
+    if without_vm is not None:
+        snapshots = snapshots.where(Snapshot.vm != without_vm.id)
+    parents = _read_parents()
+    needed: set[int] = set()
+    for (top,) in [*disks.tuples(), *snapshots.tuples()]:
+        needed.update(_follow(top, parents))
+    rows = Layer.select(Layer.id).where(Layer.whole).order_by(Layer.id.desc()).tuples()
+    return [layer_id for (layer_id,) in rows if layer_id not in needed]
+
+
+def forget_layers(layer_ids: Iterable[int]) -> None:
+    """Remove the rows of layers, of which children come first."""
+    for layer_id in layer_ids:
+        Layer.delete().where(Layer.id == layer_id).execute()
+
+
+def _read_parents() -> dict[int, int | None]:
+    return dict(Layer.select(Layer.id, Layer.parent).tuples())
+
+
+def _follow(layer_id: int, parents: dict[int, int | None]) -> list[int]:
+    chain = [layer_id]
+    while (parent := parents[chain[-1]]) is not None:
+        chain.append(parent)
+    return chain
