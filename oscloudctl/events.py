@@ -117,6 +117,8 @@ def describe(event: Event) -> str:
         return _describe_job(event.get("job"), data)
     if event.get("kind") == "vm_state":
         return describe_state(data)
+    if event.get("kind") == "port":
+        return f"port {data.get('port')} {data.get('change')}"
     return str(data.get("message") or json.dumps(data, ensure_ascii=False))
 
 

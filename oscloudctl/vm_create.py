@@ -46,6 +46,11 @@ SILENCE_SECONDS = 900.0
 @click.option("--no-ssh-key", is_flag=True, help="Put no key in.")
 @click.option("--password", metavar="WORD", help='Root\'s password; "-" asks for it.')
 @click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
+@click.option(
+    "--publish", multiple=True, metavar="HOSTPORT:GUESTPORT",
+    help="Forward a port of this host to it, such as 8080:80 or 0.0.0.0:5353:53/udp, where"
+    " 0.0.0.0 is for everybody; several times for several.  [address: 127.0.0.1]",
+)  # fmt: skip
 @policy_options
 @click.option(
     "--warm", type=click.Choice(["auto", "off", "only"]),
@@ -69,6 +74,7 @@ def vm_create(
     password: str | None,
     user_data: str | None,
     wait: str | None,
+    publish: tuple[str, ...],
     *,
     no_ssh_key: bool,
     no_wait: bool,
@@ -80,6 +86,7 @@ def vm_create(
     """Make a vm and start it; a name alone is enough."""
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
+    params["publish"] = list(publish) or None
     params["user_data"] = _read_user_data(user_data)
     chosen = _choose_wait(wait, no_wait=no_wait)
     answer = call_job(

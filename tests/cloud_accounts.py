@@ -42,8 +42,18 @@ def expected_traces(box: Box) -> dict[str, Any]:
             f"state/disks/{vm['disk']}/suspended" for vm in vms if vm["state"] == "SUSPENDED"
         ),
         "logs": sorted(logs),
+        "port rows": sorted((vm["id"], spec) for vm in vms for spec in vm["ports"]),
+        "forwarded ports": sorted(rule_of(spec, vm["ip"]) for vm in vms for spec in vm["ports"]),
     }
     return {name: what for name, what in expected.items() if what}
+
+
+def rule_of(spec: str, guest_address: str) -> str:
+    """Give what the host's rules say of a port that `vm_info` shows."""
+    address, port, rest = spec.split(":")
+    guest_port, protocol = rest.split("/")
+    key = f"{protocol} . {port}" if address == "0.0.0.0" else f"{address} . {protocol} . {port}"
+    return f"{key} : {guest_address} . {guest_port}"
 
 
 def seen_traces(box: Box) -> dict[str, Any]:

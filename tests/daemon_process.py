@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -289,6 +290,14 @@ class Box:
         )
         return [line.split()[3] for line in shown.stdout.splitlines()]
 
+    def forwarded_ports(self) -> list[str]:
+        """Give what the host's rules forward, as `host address . protocol . port : guest`."""
+        command = ["ip", "netns", "exec", self.namespace, "nft", "list", "table", "ip", "oscloud"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return sorted(
+            re.findall(r"[0-9a-z][0-9a-z. ]+ : [0-9. ]+[0-9]", done.stdout.replace("=", ""))
+        )
+
     def traces(self) -> dict[str, Any]:
         """Give all there is of vms anywhere, in a form that compares; empty when there is none."""
         # The job of a vm that was deleted ends a moment after the answer to that.
@@ -304,6 +313,8 @@ class Box:
             "addresses": sorted(neighbour["dst"] for neighbour in neighbours),
             "ports": sorted(self._listeners()),
             "processes": sorted(self.qemus()),
+            "port rows": sorted(self.rows("SELECT vm_id, spec FROM port")),
+            "forwarded ports": self.forwarded_ports(),
         }
         for name, pattern in (
             ("run directories", "run/vms/*"),

@@ -14,6 +14,7 @@ from oscloudd.host.network.firewall import (
 )
 from oscloudd.host.network.interfaces import check_interface_name
 from oscloudd.host.network.links import Links, Tap, parse_links
+from oscloudd.host.network.port_rules import Forward, build_forwards
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import Route, find_overlap, parse_routes
 
@@ -29,6 +30,7 @@ table inet oscloud {
 	}
 	chain forward {
 		type filter hook forward priority filter; policy accept;
+		oifname { "oscloud0" } ct status dnat accept
 		iifname "oscloud0" oifname "oscloud0" accept
 		iifname "oscloud0" oifname { "oscloud0" } drop
 		iifname "oscloud0" ip saddr 192.168.0.0/16 accept
@@ -58,6 +60,76 @@ def test_ruleset_does_not_depend_on_the_order() -> None:
     two = GuestNetwork("oscloud1", IPv4Network("172.16.0.0/16"))
     assert build_ruleset([one, two]) == build_ruleset([two, one])
     assert 'iifname "oscloud1" oifname { "oscloud0", "oscloud1" } drop' in build_ruleset([one, two])
+
+
+FORWARDS = """\
+add table ip oscloud
+delete table ip oscloud
+table ip oscloud {
+	map at_one_address {
+		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+		elements = {
+			127.0.0.1 . tcp . 8080 : 192.168.0.2 . 80,
+			127.0.0.1 . tcp . 8081 : 192.168.0.3 . 80
+		}
+	}
+	map everywhere {
+		type inet_proto . inet_service : ipv4_addr . inet_service
+		elements = {
+			udp . 5353 : 192.168.0.2 . 53
+		}
+	}
+	set bridges {
+		type ifname
+		elements = {
+			"oscloud0"
+		}
+	}
+	set guests {
+		type ipv4_addr; flags interval
+		elements = {
+			192.168.0.0/16
+		}
+	}
+	chain filter_prerouting {
+		type filter hook prerouting priority raw; policy accept;
+		iifname != "lo" ip daddr 127.0.0.0/8 drop
+	}
+	chain nat_prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		dnat ip to ip daddr . meta l4proto . th dport map @at_one_address
+		fib daddr type local dnat ip to meta l4proto . th dport map @everywhere
+	}
+	chain nat_output {
+		type nat hook output priority -100; policy accept;
+		dnat ip to ip daddr . meta l4proto . th dport map @at_one_address
+		fib daddr type local dnat ip to meta l4proto . th dport map @everywhere
+	}
+	chain nat_postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		ct status dnat oifname @bridges ip saddr 127.0.0.0/8 masquerade
+		ct status dnat oifname @bridges ip saddr @guests masquerade
+	}
+}
+"""
+
+
+def forward(text: str, guest: str, guest_port: int) -> Forward:
+    protocol, address, port = text.split()
+    return Forward(
+        protocol, IPv4Address(address), int(port), IPv4Address(guest), guest_port,
+        "oscloud0", IPv4Network("192.168.0.0/16"),
+    )  # fmt: skip
+
+
+def test_rules_of_forwarded_ports() -> None:
+    forwards = [
+        forward("udp 0.0.0.0 5353", "192.168.0.2", 53),
+        forward("tcp 127.0.0.1 8081", "192.168.0.3", 80),
+        forward("tcp 127.0.0.1 8080", "192.168.0.2", 80),
+    ]
+    assert build_forwards(forwards) == FORWARDS
+    assert build_forwards([]) == "add table ip oscloud\ndelete table ip oscloud\n"
 
 
 @pytest.mark.parametrize(

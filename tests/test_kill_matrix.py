@@ -82,6 +82,7 @@ def has_new_name(now: dict[str, Any], was: dict[str, Any]) -> bool:
 OFF = ("SUSPENDED", "STOPPED")
 CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
+    "publish": ["8080:80", "0.0.0.0:5353:53/udp"],
 }  # fmt: skip
 CASES = {
     "vm_create": Case("vm_create", CREATION, None, runs, gone),

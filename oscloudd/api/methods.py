@@ -17,6 +17,9 @@ from oscloudd.api.params import (
     JobWaitParams,
     NetworkParams,
     Params,
+    PortAddParams,
+    PortListParams,
+    PortParams,
     StopGuestsParams,
     TemplateImportParams,
     TemplateJobParams,
@@ -39,6 +42,7 @@ from oscloudd.api.params import (
 )
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.cloud.jobs import Order
+from oscloudd.cloud.port_specs import parse_name, parse_spec
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.keys import check_public_key
@@ -153,6 +157,14 @@ async def _vm_qemu_command(cloud: Cloud, params: VmQemuCommandParams, _caller: C
     return await cloud.vms.qemu_command(params.vm, params.command, params.arguments)
 
 
+async def _port_add(cloud: Cloud, params: PortAddParams, _caller: Caller) -> object:
+    return await cloud.ports.add(params.vm, parse_spec(params.port, parameter="port"))
+
+
+async def _port_delete(cloud: Cloud, params: PortParams, _caller: Caller) -> object:
+    return await cloud.ports.delete(parse_name(str(params.port), parameter="port"))
+
+
 async def _template_build(cloud: Cloud, params: TemplateJobParams, caller: Caller) -> object:
     return await cloud.templates.build(params.template, _order(caller, wait=params.wait))
 
@@ -230,6 +242,11 @@ METHODS: dict[str, Method] = {
     "network_info": Method(
         NetworkParams, lambda cloud, params, _: cloud.networks.info(params.network)
     ),
+    "port_add": Method(PortAddParams, _port_add),
+    "port_list": Method(
+        PortListParams, lambda cloud, params, _: cloud.ports.list(params.vm), is_list=True
+    ),
+    "port_delete": Method(PortParams, _port_delete),
     "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list(), is_list=True),
     "template_info": Method(
         TemplateParams, lambda cloud, params, _: cloud.template_info(params.template)
@@ -252,6 +269,7 @@ METHODS: dict[str, Method] = {
 def build_request(params: VmCreateParams, image: str, password: str) -> VmRequest:
     """Check what can be checked without looking at anything; raises InvalidArgumentError."""
     keys = [params.ssh_key] if isinstance(params.ssh_key, str) else params.ssh_key
+    ports = [params.publish] if isinstance(params.publish, str) else params.publish
     _check_cpus(params.cpus)
     chosen = password if params.password is None else params.password
     if not chosen.isprintable() or len(chosen) > _MAX_PASSWORD_LENGTH:
@@ -273,6 +291,7 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         autostart=params.autostart,
         restart=params.restart,
         warm=params.warm,
+        publish=tuple(parse_spec(port, parameter="publish") for port in ports),
     )
 
 

@@ -40,6 +40,24 @@ class NetworkParams(Params, frozen=True):
     network: Key
 
 
+class PortAddParams(VmParams, frozen=True):
+    """A vm, and what leads to it: `[ADDRESS:]HOSTPORT:GUESTPORT[/tcp|udp]`."""
+
+    port: str
+
+
+class PortListParams(Params, frozen=True):
+    """A vm whose forwarded ports to list, or all."""
+
+    vm: Key | None = None
+
+
+class PortParams(Params, frozen=True):
+    """A forwarded port by its host's side: `[ADDRESS:]HOSTPORT[/tcp|udp]`."""
+
+    port: int | str
+
+
 class TemplateParams(Params, frozen=True):
     """A template by name."""
 
@@ -93,6 +111,7 @@ class VmCreateParams(Params, frozen=True):
     autostart: Autostart = "no"
     restart: Restart = "no"
     warm: Literal["auto", "off", "only"] | None = None
+    publish: str | list[str] = []
 
 
 class VmSetParams(VmParams, frozen=True):

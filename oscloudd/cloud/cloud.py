@@ -23,6 +23,7 @@ from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
+from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.spare import SpareMaker
 from oscloudd.cloud.start_slots import StartSlots
@@ -81,6 +82,7 @@ class Cloud:
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
         self.networks = Networks(config, database)
+        self.ports = Ports(database, self.changes)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
         self._leftovers = Leftovers(config, database, self.networks, self.events)
@@ -115,7 +117,15 @@ class Cloud:
             slots,
             self.events,
         )
-        steps = VmSteps(config, self.states, self._supervisor, first_starts, slots, suspension)
+        steps = VmSteps(
+            config,
+            self.states,
+            self._supervisor,
+            first_starts,
+            slots,
+            suspension,
+            self.ports,
+        )
         operations = Operations(database, self.jobs, steps)
         self.power = VmPower(
             config,
@@ -140,6 +150,7 @@ class Cloud:
             operations,
             self.warm_images,
             self._pool,
+            self.ports,
         )
         self._reconciler = Reconciler(
             config, database, self.states, self._supervisor, steps, operations, self._keeper
@@ -158,6 +169,7 @@ class Cloud:
         await self._spares.remove_leftovers()
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
+        await self.ports.prepare()
         await self._reconciler.prepare()
 
     def start(self) -> None:
@@ -179,6 +191,7 @@ class Cloud:
         await self._keeper.close()
         await self.jobs.close()
         await self.creator.close()
+        await self.ports.close()
         await self._pool.close()
         await self._supervisor.close()
         for chosen in (self._accelerator, self._qemu):
@@ -194,6 +207,7 @@ class Cloud:
         """Sweep out what nobody owns and forget what is old, now and then."""
         while True:
             for work in (
+                self.ports.sync,
                 self._leftovers.sweep,
                 self.events.prune,
                 self.jobs.prune,

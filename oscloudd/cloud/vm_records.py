@@ -10,12 +10,13 @@ from ipaddress import IPv4Network
 from typing import Literal
 
 import msgspec
+from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.states import VmState
 from oscloudd.host.processes import ProcessIdentity, is_same_process
-from oscloudd.store.models import Disk, Network, Vm, database_proxy
+from oscloudd.store.models import Disk, Network, Port, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
 
 
@@ -49,6 +50,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     uuid: str
     ssh_host_keys: list[str]
     timings: dict[str, float]
+    ports: list[str]
 
 
 class VmRecord(msgspec.Struct, frozen=True):
@@ -89,6 +91,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     restart: str
     timings: str
     created_at: float
+    ports: str | None  # forwarded ones, with commas between
 
     @property
     def tap(self) -> str:
@@ -148,6 +151,7 @@ _COLUMNS = (
     Vm.restart,
     Vm.timings,
     Vm.created_at,
+    Port.select(fn.GROUP_CONCAT(Port.spec)).where(Port.vm == Vm.id),
 )
 
 
@@ -214,6 +218,7 @@ def describe(vm: VmRecord) -> VmInfo:
         uuid=vm.uuid,
         ssh_host_keys=vm.host_keys.splitlines(),
         timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
+        ports=sorted(vm.ports.split(",")) if vm.ports else [],
     )
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor, scope_of
@@ -51,8 +52,10 @@ class VmSteps:
         first_starts: FirstStarts,
         slots: StartSlots,
         suspension: Suspension,
+        ports: Ports,
     ) -> None:
         self._config = config
+        self._ports = ports
         self._states = states
         self._supervisor = supervisor
         self._first_starts = first_starts
@@ -76,8 +79,11 @@ class VmSteps:
             await asyncio.to_thread(durable, seed)
 
     async def network(self, job: Job) -> None:
-        """Have the vm's network in place."""
-        await self._supervisor.bring_up_network(await self._get(job))
+        """Have the vm's network in place, and the ports of the host that lead to it."""
+        vm = await self._get(job)
+        await self._supervisor.bring_up_network(vm)
+        if vm.ports:  # a bridge that has just been made knows nothing of them
+            await self._ports.sync()
 
     async def starting(self, job: Job) -> None:
         """Start qemu, standing still: before its boot, or where a saved guest stood."""
@@ -312,6 +318,7 @@ class VmSteps:
 
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
+        await self._ports.forget(vm)
         await asyncio.to_thread(self._paths(vm).remove)
         self._supervisor.forget_neighbour(vm)
 

@@ -15,7 +15,7 @@ from peewee import SqliteDatabase
 
 from oscloudd.errors import HostError
 from oscloudd.store.backend import Backend
-from oscloudd.store.models import LATER_TABLES, TABLES, Meta
+from oscloudd.store.models import LATER_TABLES, PORT_TABLES, TABLES, Meta
 
 _VERSION = "schema_version"
 
@@ -43,6 +43,10 @@ def _warm_images(database: Any) -> None:
     _add_columns(database, "vm", {"timings": "LONGTEXT NOT NULL DEFAULT '{}'"})
 
 
+def _ports(database: Any) -> None:
+    database.create_tables(PORT_TABLES)
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -54,6 +58,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _first_tables,
     _journal_and_events,
     _warm_images,
+    _ports,
 )
 
 

@@ -119,6 +119,24 @@ class Vm(Table):
         indexes = ((("network", "ip"), True),)
 
 
+class Port(Table):
+    """One port of the host that leads to one of a vm's."""
+
+    id = IdField()
+    vm = ForeignKeyField(Vm, backref="ports", on_delete="RESTRICT")
+    spec = CharField(max_length=40)  # all of it, as users are shown it
+    protocol = CharField(max_length=3)
+    host_address = CharField(max_length=15)
+    host_port = IntegerField()
+    guest_port = IntegerField()
+    created_at = DoubleField()
+
+    class Meta:
+        """A port of one address is one vm's; that 0.0.0.0 has all addresses, no index can tell."""
+
+        indexes = ((("protocol", "host_port", "host_address"), True),)
+
+
 class Job(Table):
     """One long operation: written before anything outside the database happens."""
 
@@ -159,3 +177,4 @@ class Meta(Table):
 
 TABLES = (Network, Disk, Vm, Job)
 LATER_TABLES = (Event, Meta)
+PORT_TABLES = (Port,)

@@ -106,7 +106,8 @@ def remove_leftovers(bridges: list[str]) -> None:
         if link.get("ifname") in bridges and link.get("ifalias") == "oscloud":
             run(["ip", "link", "delete", link["ifname"]])
     if not _SYSTEM_SOCKET.exists():
-        run(["nft", "-f", "-"], input_text="add table inet oscloud\ndelete table inet oscloud\n")
+        for table in ("inet oscloud", "ip oscloud"):
+            run(["nft", "-f", "-"], input_text=f"add table {table}\ndelete table {table}\n")
 
 
 def remove_made() -> None:

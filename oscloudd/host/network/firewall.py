@@ -90,7 +90,8 @@ def _masquerade(network: GuestNetwork) -> str:
 
 
 def _forward_rules(networks: Sequence[GuestNetwork], bridges: list[str]) -> list[str]:
-    rules = []
+    # Forwarded ports: whoever may send there may reach the guest behind it.
+    rules = [f"oifname {_names(bridges)} ct status dnat accept"] if bridges else []
     for network in networks:
         bridge = f'"{network.bridge}"'
         # With br_netfilter loaded, frames between two ports of one bridge pass here too.

@@ -1,0 +1,259 @@
+"""Forwarded ports against the kernel: who reaches what, and what nobody may reach by them."""
+
+import asyncio
+import functools
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from test_host_network_kernel import BRIDGE, Guest, firewalled_guests, in_namespace, new_guest
+
+from oscloudd.errors import HostError, InUseError, InvalidArgumentError
+from oscloudd.host.network.port_rules import (
+    EVERYWHERE,
+    Forward,
+    apply_forwards,
+    build_forwards,
+    set_route_localnet,
+)
+from oscloudd.host.network.table_watch import TableWatch
+from oscloudd.host.ports import find_port_holder, hold_port
+
+LOOPBACK = IPv4Address("127.0.0.1")
+GUEST = IPv4Address("192.168.0.2")
+SUBNET = IPv4Network("192.168.0.0/16")
+LIMIT_SECONDS = 20
+
+# Says to each who connects which address that has.
+SERVER = """
+import socket
+with socket.create_server(("0.0.0.0", 80)) as server:
+    print("ready", flush=True)
+    while True:
+        client, address = server.accept()
+        client.sendall(address[0].encode())
+        client.close()
+"""
+CLIENT = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as client:
+    print(client.recv(100).decode())
+"""
+# Sends a frame to a hardware address as if loopback were on the wire.
+LOOPBACK_FRAME = """
+import socket, struct, sys
+mac, source, target, port = sys.argv[1:5]
+words = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 33, 1, 0, 64, 17, 0,
+                    socket.inet_aton(source), socket.inet_aton(target))
+total = sum(struct.unpack("!10H", words))
+total = (total & 0xFFFF) + (total >> 16)
+words = words[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + words[12:]
+udp = struct.pack("!HHHH", 40000, int(port), 13, 0) + b"smash"
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+    raw.bind(("eth0", 0))
+    own = raw.getsockname()[4]
+    raw.send(bytes.fromhex(mac.replace(":", "")) + own + b"\\x08\\x00" + words + udp)
+"""
+
+
+def forward(
+    address: IPv4Address, port: int, guest_port: int = 80, protocol: str = "tcp"
+) -> Forward:
+    return Forward(protocol, address, port, GUEST, guest_port, BRIDGE.name, SUBNET)
+
+
+def apply(*forwards: Forward) -> None:
+    asyncio.run(apply_forwards(forwards, [BRIDGE.name]))
+
+
+@contextmanager
+def served(guest: Guest) -> Iterator[None]:
+    enter = ["nsenter", "--net", "--target", str(guest.process.pid)]
+    command = [*enter, sys.executable, "-I", "-c", SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        try:
+            yield
+        finally:
+            server.kill()
+
+
+def reach(address: str, port: int) -> str:
+    """Give the address that the server sees when the host itself connects."""
+    with socket.create_connection((address, port), LIMIT_SECONDS) as client:
+        return client.recv(100).decode()
+
+
+def reach_from(guest: Guest, address: str, port: int) -> str:
+    shown = guest.run(sys.executable, "-I", "-c", CLIENT, address, str(port))
+    return shown.stdout.decode().strip()
+
+
+@in_namespace
+def test_the_host_the_world_and_other_guests_reach_a_port_that_is_for_everybody() -> None:
+    with firewalled_guests() as (one, other, world), new_guest() as neighbour, served(one):
+        neighbour.connect("port2", "192.168.0.3", "192.168.0.1")
+        subprocess.run(["ip", "link", "set", "port2", "master", BRIDGE.name], check=True)
+        with pytest.raises(OSError, match="refused"):
+            reach("127.0.0.1", 8080)
+        apply(forward(EVERYWHERE, 8080))
+        assert reach("127.0.0.1", 8080) == "192.168.0.1"
+        assert reach("10.9.0.1", 8080) == "10.9.0.1"
+        assert reach_from(world, "10.9.0.1", 8080) == "10.9.0.2"
+        # Both seem to be the host: the answer to a neighbour would go past it.
+        assert reach_from(neighbour, "192.168.0.1", 8080) == "192.168.0.1"
+        assert reach_from(other, "172.16.0.1", 8080) == "192.168.0.1"
+        apply()
+        with pytest.raises(OSError, match="refused"):
+            reach("127.0.0.1", 8080)
+
+
+@in_namespace
+def test_only_the_host_reaches_a_port_at_loopback() -> None:
+    with firewalled_guests() as (one, _, world), served(one):
+        apply(forward(LOOPBACK, 8080))
+        assert reach("127.0.0.1", 8080) == "192.168.0.1"
+        for address in ("10.9.0.1", "192.168.0.1"):
+            with pytest.raises(OSError, match="refused"):
+                reach(address, 8080)
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            reach_from(world, "10.9.0.1", 8080)
+        assert b"ConnectionRefused" in refused.value.stderr
+
+
+@in_namespace
+def test_udp_and_an_address_of_the_host() -> None:
+    with firewalled_guests() as (one, _, world):
+        one.ask("bind 53")
+        apply(forward(IPv4Address("10.9.0.1"), 5353, 53, "udp"))
+        world.ask("send 10.9.0.1 5353 question")
+        assert one.ask("receive 53") == "question 10.9.0.2"
+
+
+def hardware_address(interface: str) -> str:
+    shown = subprocess.run(
+        ["ip", "-o", "link", "show", interface], check=True, capture_output=True, text=True
+    )
+    return shown.stdout.split("link/ether ")[1].split()[0]
+
+
+@in_namespace
+def test_loopback_addresses_on_the_wire_reach_neither_host_nor_guest() -> None:
+    """A frame to 127.0.0.1 from outside: rewriting comes before the kernel's own refusal."""
+    with (
+        firewalled_guests() as (one, _, world),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as dns,
+    ):
+        dns.bind(("127.0.0.1", 53))
+        dns.settimeout(LIMIT_SECONDS)
+        one.ask("bind 80")
+        forwards = [forward(LOOPBACK, 8080, 80, "udp")]
+        uplink, bridge = hardware_address("uplink"), BRIDGE.mac
+
+        def attack() -> None:
+            send(world, "10.9.0.2", uplink, 8080)
+            send(one, "192.168.0.2", bridge, 53)
+
+        # Without our drop both arrive: that is what it is for.
+        lines = build_forwards(forwards).splitlines(keepends=True)
+        text = "".join(line for line in lines if "127.0.0.0/8 drop" not in line)
+        subprocess.run(["nft", "-f", "-"], input=text, check=True, text=True)
+        set_route_localnet(BRIDGE.name, on=True)
+        attack()
+        assert one.ask("receive 80") == "smash 10.9.0.2"
+        assert dns.recv(100) == b"smash"
+
+        apply(*forwards)
+        attack()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+            host.sendto(b"honest", ("127.0.0.1", 8080))
+            host.sendto(b"honest", ("127.0.0.1", 53))
+        assert one.ask("receive 80") == "honest 192.168.0.1"
+        assert dns.recv(100) == b"honest"
+
+        # Nor when nothing is forwarded any more.
+        apply()
+        send(one, "192.168.0.2", bridge, 53)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+            host.sendto(b"last", ("127.0.0.1", 53))
+        assert dns.recv(100) == b"last"
+
+
+def send(guest: Guest, source: str, mac: str, port: int) -> None:
+    guest.run(sys.executable, "-I", "-c", LOOPBACK_FRAME, mac, source, "127.0.0.1", str(port))
+
+
+@in_namespace
+def test_what_somebody_takes_away_is_told_and_our_own_changes_are_not() -> None:
+    async def scenario() -> None:
+        losses: list[str] = []
+        heard = asyncio.Event()
+
+        def on_loss() -> None:
+            losses.append("lost")
+            heard.set()
+
+        async def expect(*commands: str) -> None:
+            heard.clear()
+            text = "".join(f"{command}\n" for command in commands)
+            nft = functools.partial(subprocess.run, ["nft", "-f", "-"], input=text, text=True)
+            nft(check=True)
+            await asyncio.wait_for(heard.wait(), LIMIT_SECONDS)
+
+        watch = TableWatch(socket.AF_INET, "oscloud", on_loss)
+        watch.start()
+        try:
+            forwards = [forward(LOOPBACK, 8080)]
+            for loss in (
+                "flush ruleset",
+                "delete table ip oscloud",
+                "flush table ip oscloud",
+                "delete element ip oscloud at_one_address { 127.0.0.1 . tcp . 8080 }",
+            ):
+                await apply_forwards(forwards, [])
+                await apply_forwards(forwards, [])
+                subprocess.run(
+                    ["nft", "add table inet oscloud; flush table inet oscloud"], check=True
+                )
+                assert losses == []
+                await expect(loss)
+                assert losses == ["lost"]
+                losses.clear()
+        finally:
+            watch.close()
+
+    asyncio.run(scenario())
+
+
+@in_namespace
+def test_a_port_that_is_taken_is_refused_with_who_has_it() -> None:
+    with socket.create_server(("0.0.0.0", 8080)):
+        for address in (LOOPBACK, EVERYWHERE):
+            with pytest.raises(InUseError, match=r"port 8080/tcp of .* is in use"):
+                hold_port("tcp", address, 8080)
+        holder = asyncio.run(find_port_holder("tcp", 8080))
+        assert holder is not None
+        assert holder.endswith(f"(process {threading.main_thread().native_id})")
+    assert asyncio.run(find_port_holder("tcp", 8080)) is None
+    with pytest.raises(InvalidArgumentError, match=r"192.0.2.1 is no address of this host"):
+        hold_port("tcp", IPv4Address("192.0.2.1"), 8080)
+    with hold_port("tcp", LOOPBACK, 8080), hold_port("udp", LOOPBACK, 8080):
+        for options in ((), (socket.SO_REUSEADDR,)):
+            with socket.socket() as other:
+                for option in options:
+                    other.setsockopt(socket.SOL_SOCKET, option, 1)
+                with pytest.raises(OSError, match="in use"):
+                    other.bind(("0.0.0.0", 8080))
+
+
+@in_namespace
+def test_what_the_kernel_refuses_is_an_error() -> None:
+    set_route_localnet("nothing", on=True)
+    with pytest.raises(HostError):
+        asyncio.run(apply_forwards([forward(LOOPBACK, 8080, 99999)], []))
