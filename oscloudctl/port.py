@@ -33,7 +33,10 @@ COLUMNS = (
 @socket_option
 @pass_session
 def port_add(session: Session, vm: str, ports: tuple[str, ...], *, as_json: bool) -> int:
-    """Forward ports of the host to a vm; without ADDRESS only the host itself reaches them."""
+    """Let ports of the host lead to a vm.
+
+    Without ADDRESS only the host itself reaches them; 0.0.0.0 is for everybody.
+    """
     if not ports:
         raise click.UsageError("which port? Name one or more, as in 8080:80")
     target = parse_target(vm)
@@ -52,7 +55,7 @@ def port_add(session: Session, vm: str, ports: tuple[str, ...], *, as_json: bool
 @socket_option
 @pass_session
 def port_list(session: Session, vm: str | None, *, as_json: bool, ids_only: bool) -> None:
-    """List the forwarded ports, all or those of one vm."""
+    """List the forwarded ports."""
     rows = session.call("port_list", vm=None if vm is None else parse_target(vm))
     if not rows and not as_json and not ids_only:
         click.echo("No port is forwarded. Forward one: oscloudctl port-add web 8080:80", err=True)
@@ -69,7 +72,7 @@ def port_list(session: Session, vm: str | None, *, as_json: bool, ids_only: bool
 @socket_option
 @pass_session
 def port_delete(session: Session, ports: tuple[str, ...], *, as_json: bool) -> int:
-    """Forward ports of the host no longer."""
+    """Let ports of the host lead nowhere."""
     if not ports:
         raise click.UsageError("which port? Name one or more; see: oscloudctl port-list")
     return _run_on_each(

@@ -231,25 +231,50 @@ def test_what_somebody_takes_away_is_told_and_our_own_changes_are_not() -> None:
     asyncio.run(scenario())
 
 
+def holder_of(address: IPv4Address) -> str | None:
+    return asyncio.run(find_port_holder("tcp", address, 8080))
+
+
 @in_namespace
 def test_a_port_that_is_taken_is_refused_with_who_has_it() -> None:
-    with socket.create_server(("0.0.0.0", 8080)):
-        for address in (LOOPBACK, EVERYWHERE):
-            with pytest.raises(InUseError, match=r"port 8080/tcp of .* is in use"):
-                hold_port("tcp", address, 8080)
-        holder = asyncio.run(find_port_holder("tcp", 8080))
-        assert holder is not None
-        assert holder.endswith(f"(process {threading.main_thread().native_id})")
-    assert asyncio.run(find_port_holder("tcp", 8080)) is None
+    ours = f"(process {threading.main_thread().native_id})"
+    for bound, addresses in (("0.0.0.0", (LOOPBACK, EVERYWHERE)), ("127.0.0.1", (LOOPBACK,))):
+        with socket.create_server((bound, 8080)):
+            for address in addresses:
+                with pytest.raises(InUseError, match=r"port 8080/tcp of .* is in use"):
+                    hold_port("tcp", address, 8080)
+                assert str(holder_of(address)).endswith(ours)
+            assert (holder_of(IPv4Address("127.0.0.2")) is None) is (bound == "127.0.0.1")
+    assert holder_of(LOOPBACK) is None
     with pytest.raises(InvalidArgumentError, match=r"192.0.2.1 is no address of this host"):
         hold_port("tcp", IPv4Address("192.0.2.1"), 8080)
-    with hold_port("tcp", LOOPBACK, 8080), hold_port("udp", LOOPBACK, 8080):
-        for options in ((), (socket.SO_REUSEADDR,)):
-            with socket.socket() as other:
-                for option in options:
-                    other.setsockopt(socket.SOL_SOCKET, option, 1)
-                with pytest.raises(OSError, match="in use"):
-                    other.bind(("0.0.0.0", 8080))
+
+
+@in_namespace
+def test_nobody_else_can_have_a_port_that_is_held() -> None:
+    held = [hold_port(protocol, LOOPBACK, 8080) for protocol in ("tcp", "udp")]
+    for reuse in (0, 1):
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            with pytest.raises(OSError, match="in use"):
+                other.bind(("0.0.0.0", 8080))
+    for each in held:
+        assert each is not None
+        each.close()
+
+
+@in_namespace
+def test_a_low_port_is_not_held_without_the_capability_for_it() -> None:
+    code = (
+        "from ipaddress import IPv4Address; from oscloudd.host.ports import hold_port;"
+        "print(hold_port('tcp', IPv4Address('127.0.0.1'), 80))"
+    )
+    drop = ["setpriv", "--bounding-set", "-net_bind_service"]
+    for prefix, said in ((drop, "None"), ([], "<socket")):
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        assert done.stdout.startswith(said), done
 
 
 @in_namespace

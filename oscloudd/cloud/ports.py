@@ -49,7 +49,7 @@ class Ports:
     def __init__(self, database: Database, changes: Changes) -> None:
         self._database = database
         self._changes = changes
-        # None for one that somebody else has taken while no daemon held it.
+        # None for one that can't be held, or that somebody took while no daemon held it.
         self._held: dict[HostPort, socket.socket | None] = {}
         self._reserving = asyncio.Lock()
         self._applying = asyncio.Lock()
@@ -161,7 +161,7 @@ class Ports:
         self._let_go([_host_port(info) for info in infos])
         await self.sync()
 
-    async def _hold(self, host: HostPort, taken: Collection[HostPort]) -> socket.socket:
+    async def _hold(self, host: HostPort, taken: Collection[HostPort]) -> socket.socket | None:
         if any(host.overlaps(other) for other in taken):
             raise InvalidArgumentError(
                 f"port {host} is given twice",
@@ -170,13 +170,15 @@ class Ports:
             )
         await self._database.run(lambda: _check_free(host))
         try:
-            return hold_port(host.protocol, host.address, host.port)
+            held = hold_port(host.protocol, host.address, host.port)
         except InUseError as error:
-            holder = await find_port_holder(host.protocol, host.port)
-            raise InUseError(
-                f"{error.message} by {holder}" if holder else error.message,
-                hint="choose another port of the host",
-            ) from error
+            holder = await find_port_holder(host.protocol, host.address, host.port)
+            raise _in_use(host, holder) from error
+        if held is None:  # not ours to bind: then only who listens is seen
+            holder = await find_port_holder(host.protocol, host.address, host.port)
+            if holder is not None:
+                raise _in_use(host, holder)
+        return held
 
     def _let_go(self, hosts: Sequence[HostPort]) -> None:
         for host in hosts:
@@ -212,6 +214,11 @@ def insert_ports(vm_id: int, vm_name: str, specs: Sequence[PortSpec]) -> None:
             created_at=time.time(),
         )
         _tell(vm_id, vm_name, str(spec), "added")
+
+
+def _in_use(host: HostPort, holder: str | None) -> InUseError:
+    by = "" if holder is None else f" by {holder}"
+    return InUseError(f"port {host} is in use{by}", hint="choose another port of the host")
 
 
 def _check_free(host: HostPort) -> None:

@@ -5,16 +5,18 @@ import re
 import socket
 from ipaddress import IPv4Address
 
-from oscloudd.errors import CloudError, HostError, InUseError, InvalidArgumentError
+from oscloudd.errors import HostError, InUseError, InvalidArgumentError
 from oscloudd.host.commands import run
 
 _TYPES = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
-_HOLDER = re.compile(r'users:\(\("([^"]*)",pid=([0-9]+)')
+_PROCESS = re.compile(r'users:\(\("([^"]*)",pid=([0-9]+)')
+_EVERYWHERE = {"0.0.0.0", "*", "[::]"}
 
 
-def hold_port(protocol: str, address: IPv4Address, port: int) -> socket.socket:
+def hold_port(protocol: str, address: IPv4Address, port: int) -> socket.socket | None:
     """Bind a port that nobody is served at: no other program can, for as long as it is open.
 
+    None for a port below 1024 where that takes a capability which systemd's unit does not give.
     Raises InUseError, InvalidArgumentError for an address that is not this host's, or HostError.
     """
     # Without SO_REUSEADDR nobody can bind it besides, whatever they set.
@@ -23,6 +25,8 @@ def hold_port(protocol: str, address: IPv4Address, port: int) -> socket.socket:
         held.bind((str(address), port))
     except OSError as error:
         held.close()
+        if error.errno == errno.EACCES:
+            return None
         if error.errno == errno.EADDRINUSE:
             raise InUseError(f"port {port}/{protocol} of {address} is in use") from error
         if error.errno == errno.EADDRNOTAVAIL:
@@ -36,13 +40,12 @@ def hold_port(protocol: str, address: IPv4Address, port: int) -> socket.socket:
     return held
 
 
-async def find_port_holder(protocol: str, port: int) -> str | None:
-    """Give the program that has a port open, as "nginx (process 812)"; None if it can't be seen."""
-    try:
-        listed = await run(
-            ["ss", "-Hlnp", f"--{protocol}", "sport", "=", f":{port}"], timeout_seconds=5
-        )
-    except CloudError:
-        return None
-    found = _HOLDER.search(listed)
-    return None if found is None else f"{found[1]} (process {found[2]})"
+async def find_port_holder(protocol: str, address: IPv4Address, port: int) -> str | None:
+    """Give the program that listens at a port, as "nginx (process 812)"; None without one."""
+    command = ["ss", "-Hlnp", f"--{protocol}", "sport", "=", f":{port}"]
+    for line in (await run(command, timeout_seconds=5)).splitlines():
+        local = line.split()[3].rpartition(":")[0].partition("%")[0]
+        if {local, str(address)} & _EVERYWHERE or local == str(address):
+            found = _PROCESS.search(line)
+            return "another program" if found is None else f"{found[1]} (process {found[2]})"
+    return None
