@@ -358,9 +358,12 @@ def test_vm_wait(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     daemon.answers["vm_wait"] = VM
     assert ctl("vm-wait", "web").stdout == "web: ready\n"
     ctl("vm-wait", "1", "--state", "stopped", "--timeout", "0.5")
+    assert ctl("vm-wait", "1", "--for", "port:80").stdout == "web: port:80\n"
+    assert "exclude" in ctl("vm-wait", "1", "--for", "ssh", "--state", "ready", status=2).stderr
     assert daemon.calls == [
         ("vm_wait", {"vm": "web", "state": "ready", "timeout": 60}),
         ("vm_wait", {"vm": 1, "state": "STOPPED", "timeout": 0.5}),
+        ("vm_wait", {"vm": 1, "for": "port:80", "timeout": 60}),
     ]
 
 

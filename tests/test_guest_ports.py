@@ -53,6 +53,9 @@ def test_a_server_in_a_guest_is_reached_by_ports_of_the_host(cloud: GuestCloud) 
     cloud.ssh(web, SERVE)
     assert [fetch(cloud, address) for address in both] == ["web", "web"]
 
+    shown = [cloud.call("vm_wait", vm="web", **{"for": sign}) for sign in ("port:80", "ssh")]
+    assert [vm["name"] for vm in shown] == ["web", "web"]
+
     cloud.call("vm_delete", vm="web")
     cloud.call("vm_delete", vm="other")
     assert "ip oscloud" not in cloud.run("nft", "list", "tables")

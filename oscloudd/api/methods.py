@@ -38,13 +38,14 @@ from oscloudd.api.params import (
     check_limit,
     check_seconds,
     check_since,
-    check_wait_state,
+    check_wait,
 )
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.port_specs import parse_name, parse_spec
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.guest.readiness import Sign
 from oscloudd.host.keys import check_public_key
 from oscloudd.units import check_name, parse_size
 
@@ -130,8 +131,10 @@ async def _vm_set(cloud: Cloud, params: VmSetParams, _caller: Caller) -> object:
 
 async def _vm_wait(cloud: Cloud, params: VmWaitParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    state = check_wait_state(params.state)
-    return await caller.unless_gone(cloud.vms.wait(params.vm, state, seconds))
+    wanted = check_wait(params)
+    if isinstance(wanted, Sign):
+        return await caller.unless_gone(cloud.vms.wait_sign(params.vm, wanted, seconds))
+    return await caller.unless_gone(cloud.vms.wait(params.vm, wanted, seconds))
 
 
 async def _vm_log(cloud: Cloud, params: VmLogParams, _caller: Caller) -> object:

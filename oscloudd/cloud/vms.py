@@ -16,6 +16,7 @@ from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm, read_
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import AlreadyExistsError, InvalidStateError
+from oscloudd.guest.readiness import Sign, wait_sign
 from oscloudd.machine.console import Attachment
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.store.database import Database
@@ -115,6 +116,38 @@ class Vms:
         return await self._states.changes.wait_until(
             look, timeout_seconds=timeout_seconds, what=what
         )
+
+    async def wait_sign(self, key: int | str, sign: Sign, timeout_seconds: float) -> VmInfo:
+        """Wait until a vm's guest shows a sign of its own; raises InvalidStateError when it is off.
+
+        The timeout's error says what was seen last.
+        """
+        vm = await self._read(key)
+
+        async def look() -> VmState | None:
+            state = VmState((await self._read(vm.id)).state)
+            return state if state in DOWN_STATES else None
+
+        shown = asyncio.ensure_future(wait_sign(vm.ip, sign, timeout_seconds=timeout_seconds))
+        # Longer than the sign's own wait, whose error tells more.
+        limit = 2 * timeout_seconds + 1
+        down = asyncio.ensure_future(
+            self._states.changes.wait_until(look, timeout_seconds=limit, what="its end")
+        )
+        try:
+            await asyncio.wait({shown, down}, return_when=asyncio.FIRST_COMPLETED)
+            if not down.done():
+                shown.result()
+                return describe(await self._read(vm.id))
+            raise InvalidStateError(
+                f"the guest of vm {vm.name!r} can't answer: it is {down.result()}",
+                hint=f"start it: oscloudctl vm-start {vm.name}",
+                state=down.result(),
+            )
+        finally:
+            for waiting in (shown, down):
+                waiting.cancel()
+            await asyncio.gather(shown, down, return_exceptions=True)
 
     async def log(self, key: int | str, source: Literal["console", "qemu"], lines: int) -> VmLog:
         """Give the last lines the guest printed on its console, or qemu itself in its log."""
