@@ -11,6 +11,8 @@ from typing import Any
 from daemon_process import Box, Line, RpcError
 from fake_qemu import TORN
 
+from oscloudd.host.network.name_server import is_installed
+
 SETTLE_SECONDS = 20.0
 
 
@@ -42,6 +44,7 @@ def expected_traces(box: Box) -> dict[str, Any]:
             f"state/disks/{vm['disk']}/suspended" for vm in vms if vm["state"] == "SUSPENDED"
         ),
         "logs": sorted(logs),
+        "names": sorted(f"run/names/oscbr0/hosts/{vm['id']}" for vm in vms if is_installed()),
         "port rows": sorted((vm["id"], spec) for vm in vms for spec in vm["ports"]),
         "forwarded ports": sorted(rule_of(spec, vm["ip"]) for vm in vms for spec in vm["ports"]),
     }

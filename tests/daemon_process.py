@@ -311,7 +311,8 @@ class Box:
             "unfinished jobs": self.rows("SELECT id, kind FROM job WHERE state = 'RUNNING'"),
             "taps": sorted(name for name in names if "tap" in name or "oscwarm" in name),
             "addresses": sorted(neighbour["dst"] for neighbour in neighbours),
-            "ports": sorted(self._listeners()),
+            # A network's name server is there as long as its daemon.
+            "ports": sorted(each for each in self._listeners() if not each.endswith(":53")),
             "processes": sorted(self.qemus()),
             "port rows": sorted(self.rows("SELECT vm_id, spec FROM port")),
             "forwarded ports": self.forwarded_ports(),
@@ -322,6 +323,7 @@ class Box:
             ("saved memory", "state/disks/*/suspended*"),
             ("logs", "log/*"),
             ("temporary files", "tmp/*"),
+            ("names", "run/names/*/hosts/*"),
             ("warm images being made", "state/warm/.*"),
             ("their run directories", "run/warm/*"),
         ):
@@ -351,6 +353,7 @@ class Box:
             self.daemon.kill()
             self.daemon.wait()
             pids = self.qemus()
+        pids += [int(path.read_text()) for path in self.root.glob("run/names/*/pid")]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

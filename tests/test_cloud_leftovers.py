@@ -17,6 +17,7 @@ from oscloudd.cloud import traces
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.networks import Networks
 from oscloudd.config import Config
 from oscloudd.errors import UnavailableError
@@ -41,8 +42,9 @@ class Place:
             state_dir=f"{root}/state", runtime_dir=f"{root}/run", log_dir=f"{root}/log"
         )
         self.database = Database(root / "state" / "oscloud.db")
-        self.networks = Networks(self.config, self.database)
         self.events = Events(self.database, Changes())
+        names = Names(self.config, self.database, self.events)
+        self.networks = Networks(self.config, self.database, names)
         self.leftovers = Leftovers(self.config, self.database, self.networks, self.events)
 
     async def fill(self) -> None:

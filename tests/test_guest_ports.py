@@ -1,4 +1,4 @@
-"""Ports of the host that lead to a real server in a real guest, whatever happens meanwhile."""
+"""A real server in a real guest, reached by ports of the host and by name, whatever happens."""
 
 import signal
 import sys
@@ -36,6 +36,11 @@ def test_a_server_in_a_guest_is_reached_by_ports_of_the_host(cloud: GuestCloud) 
     other = cloud.create("other")
     seen = cloud.ssh(other, f"wget -qO- http://{other['gateway']}:8081/")
     assert seen == "web"
+    for name in ("web.oscloud", "web"):
+        assert cloud.ssh(other, f"wget -qO- http://{name}/") == "web"
+    cloud.call("vm_rename", vm="other", name="shop")
+    assert cloud.ssh(web, "ping -c 1 -W 60 shop.oscloud >/dev/null && echo yes") == "yes"
+
     # What is at loopback is not there: the firewall drops it without a word.
     assert cloud.ssh(other, f"wget -T 5 -qO- http://{other['gateway']}:8080/ || echo no") == "no"
 
@@ -57,5 +62,5 @@ def test_a_server_in_a_guest_is_reached_by_ports_of_the_host(cloud: GuestCloud) 
     assert [vm["name"] for vm in shown] == ["web", "web"]
 
     cloud.call("vm_delete", vm="web")
-    cloud.call("vm_delete", vm="other")
+    cloud.call("vm_delete", vm="shop")
     assert "ip oscloud" not in cloud.run("nft", "list", "tables")

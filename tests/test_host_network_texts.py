@@ -1,5 +1,6 @@
 """What is said to `ip` and `nft` and read from them: pure functions."""
 
+import tempfile
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from oscloudd.host.network.firewall import (
 )
 from oscloudd.host.network.interfaces import check_interface_name
 from oscloudd.host.network.links import Links, Tap, parse_links
+from oscloudd.host.network.name_server import (
+    NameServer,
+    build_name_server,
+    build_names_service,
+    find_barrier,
+)
 from oscloudd.host.network.port_rules import Forward, build_forwards
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import Route, find_overlap, parse_routes
@@ -130,6 +137,34 @@ def test_rules_of_forwarded_ports() -> None:
     ]
     assert build_forwards(forwards) == FORWARDS
     assert build_forwards([]) == "add table ip oscloud\ndelete table ip oscloud\n"
+
+
+def test_a_name_server_is_confined_by_systemd() -> None:
+    server = NameServer("oscbr0", IPv4Address("192.168.0.1"), Path("/run/oscloud/names/oscbr0"))
+    argv = build_name_server(server, "dnsmasq")
+    assert argv == [
+        "dnsmasq", "--conf-file=/dev/null", "--user=dnsmasq",
+        "--pid-file=/run/oscloud/names/oscbr0/pid", "--interface=oscbr0", "--except-interface=lo",
+        "--bind-dynamic", "--no-hosts", "--hostsdir=/run/oscloud/names/oscbr0/hosts",
+        "--local=/oscloud/", "--domain-needed",
+    ]  # fmt: skip
+    service = build_names_service(argv, server)
+    assert service[:4] == ["systemd-run", "--quiet", "--collect", f"--unit={server.unit}"]
+    assert service[service.index("--") + 1 :] == argv
+    assert "--property=TemporaryFileSystem=/run/oscloud:mode=0755" in service
+    assert "--property=BindPaths=/run/oscloud/names/oscbr0" in service
+
+
+def test_what_keeps_a_name_server_from_its_names_is_found() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        root = Path(top)
+        server = NameServer("oscbr0", IPv4Address("192.168.0.1"), root / "run/names/oscbr0")
+        server.hosts.mkdir(parents=True)
+        assert find_barrier(server) == root
+        root.chmod(0o755)
+        assert find_barrier(server) is None
+        (root / "run").chmod(0o750)
+        assert find_barrier(server) == root / "run"
 
 
 @pytest.mark.parametrize(

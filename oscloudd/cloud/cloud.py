@@ -21,6 +21,7 @@ from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.ports import Ports
@@ -81,7 +82,8 @@ class Cloud:
         self.events = Events(database, self.changes)
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
-        self.networks = Networks(config, database)
+        self.names = Names(config, database, self.events)
+        self.networks = Networks(config, database, self.names)
         self.ports = Ports(database, self.changes)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
@@ -125,6 +127,7 @@ class Cloud:
             slots,
             suspension,
             self.ports,
+            self.names,
         )
         operations = Operations(database, self.jobs, steps)
         self.power = VmPower(
@@ -156,7 +159,13 @@ class Cloud:
             config, database, self.states, self._supervisor, steps, operations, self._keeper
         )
         self.doctor = Doctor(
-            config, self.networks, self.templates, user, self._accelerator, self._leftovers
+            config,
+            self.networks,
+            self.templates,
+            user,
+            self._accelerator,
+            self._leftovers,
+            self.names,
         )
         self._background: list[asyncio.Task[None]] = []
 
@@ -170,6 +179,7 @@ class Cloud:
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self.ports.prepare()
+        await self.names.prepare()
         await self._reconciler.prepare()
 
     def start(self) -> None:
@@ -192,6 +202,7 @@ class Cloud:
         await self.jobs.close()
         await self.creator.close()
         await self.ports.close()
+        await self.names.close()
         await self._pool.close()
         await self._supervisor.close()
         for chosen in (self._accelerator, self._qemu):

@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.templates import Templates
 from oscloudd.config import Config
@@ -50,7 +51,9 @@ class Doctor:
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
         leftovers: Leftovers,
+        names: Names,
     ) -> None:
+        self._names = names
         self._config = config
         self._networks = networks
         self._templates = templates
@@ -66,6 +69,7 @@ class Doctor:
             "qemu user": self._look_at_user,
             "limits": self._look_at_limits,
             "network": self._look_at_network,
+            "names": self._look_at_names,
             "disk": self._look_at_disk,
             "memory": self._look_at_memory,
             "templates": self._look_at_templates,
@@ -125,6 +129,19 @@ class Doctor:
                     "set [network] subnet in oscloud.toml to choose another",
                 )
         return "ok", ", ".join(f"{net.name} is {net.subnet}" for net in networks), ""
+
+    async def _look_at_names(self) -> tuple[Verdict, str, str]:
+        if not self._names.is_available:
+            return (
+                "warning",
+                "guests can't find each other by name: there is no dnsmasq",
+                "apt-get install dnsmasq-base, then restart oscloudd",
+            )
+        troubles = self._names.find_troubles()
+        if troubles:
+            hint = "what has port 53 of the bridge? ss -lnup; what it may not read: chmod o+x"
+            return "warning", f"name servers: {', '.join(troubles)}", hint
+        return "ok", "guests find each other as NAME.oscloud", ""
 
     async def _look_at_disk(self) -> tuple[Verdict, str, str]:
         free = disk_free_bytes(self._config.state_path)

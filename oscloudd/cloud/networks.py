@@ -16,6 +16,7 @@ from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.names import Names
 from oscloudd.config import Config
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
 from oscloudd.host.network.firewall import (
@@ -101,8 +102,9 @@ def _read_guest_networks() -> list[GuestNetwork]:
 class Networks:
     """All networks of this cloud and their bridges on this host."""
 
-    def __init__(self, config: Config, database: Database) -> None:
+    def __init__(self, config: Config, database: Database, names: Names) -> None:
         self._config = config
+        self._names = names
         self._database = database
         self._host = asyncio.Lock()
         self._known_up: set[int] = set()
@@ -151,6 +153,8 @@ class Networks:
                 await asyncio.to_thread(ensure_forwarding)
                 await apply_ruleset(await self._database.run(_read_guest_networks))
                 self._known_up.add(network.id)
+            if not network.dns:
+                await self._names.serve(network.bridge, network.subnet)
             self._checked[network.id] = now
 
     async def forget_gone(self) -> list[str]:
@@ -165,7 +169,9 @@ class Networks:
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
         """Give the name servers its guests are told."""
-        return network.dns or tuple(str(address) for address in host_resolvers())
+        if network.dns or self._names.is_available:
+            return network.dns or (network.gateway,)
+        return tuple(str(address) for address in host_resolvers())
 
     async def list(self) -> list[NetworkInfo]:
         """Describe every network."""

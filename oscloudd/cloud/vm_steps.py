@@ -12,6 +12,7 @@ import msgspec
 
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
@@ -53,9 +54,11 @@ class VmSteps:
         slots: StartSlots,
         suspension: Suspension,
         ports: Ports,
+        names: Names,
     ) -> None:
         self._config = config
         self._ports = ports
+        self._names = names
         self._states = states
         self._supervisor = supervisor
         self._first_starts = first_starts
@@ -79,8 +82,9 @@ class VmSteps:
             await asyncio.to_thread(durable, seed)
 
     async def network(self, job: Job) -> None:
-        """Have the vm's network in place, and the ports of the host that lead to it."""
+        """Have the vm's network in place, its name, and the ports of the host that lead to it."""
         vm = await self._get(job)
+        self._names.publish(vm)
         await self._supervisor.bring_up_network(vm)
         if vm.ports:  # a bridge that has just been made knows nothing of them
             await self._ports.sync()
@@ -178,8 +182,10 @@ class VmSteps:
         await self._states.change(lambda: _forget(job.vm_id))
 
     async def name(self, job: Job) -> None:
-        """Have the vm's name outside the database, too: systemd shows it."""
+        """Have the vm's name outside the database, too: the network knows it, systemd shows it."""
         vm = await self._states.find(job.vm_id)
+        if vm is not None:
+            self._names.publish(vm)
         if vm is not None and vm.is_process_alive():
             await rename_scope(scope_of(vm))
 
@@ -319,6 +325,7 @@ class VmSteps:
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await self._ports.forget(vm)
+        self._names.forget(vm)
         await asyncio.to_thread(self._paths(vm).remove)
         self._supervisor.forget_neighbour(vm)
 
