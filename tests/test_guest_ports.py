@@ -41,6 +41,12 @@ def test_a_server_in_a_guest_is_reached_by_ports_of_the_host(cloud: GuestCloud) 
     cloud.call("vm_rename", vm="other", name="shop")
     assert cloud.ssh(web, "ping -c 1 -W 60 shop.oscloud >/dev/null && echo yes") == "yes"
 
+    before = cloud.info(web)["nic"]
+    cloud.ssh(web, "head -c 1000000 /dev/zero")
+    after = cloud.info(web)["nic"]
+    assert after["tx_bytes"] - before["tx_bytes"] > 1_000_000
+    assert after["rx_packets"] > before["rx_packets"] > 0
+
     # What is at loopback is not there: the firewall drops it without a word.
     assert cloud.ssh(other, f"wget -T 5 -qO- http://{other['gateway']}:8080/ || echo no") == "no"
 

@@ -20,8 +20,20 @@ from oscloudd.store.models import Disk, Network, Port, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
 
 
+class NicInfo(msgspec.Struct, frozen=True):
+    """What a running guest has received and sent since its qemu was started."""
+
+    rx_bytes: int
+    rx_packets: int
+    tx_bytes: int
+    tx_packets: int
+
+
 class VmInfo(msgspec.Struct, frozen=True):
-    """The answer of `vm_info`: sizes in bytes, times in seconds since 1970."""
+    """The answer of `vm_info`: sizes in bytes, times in seconds since 1970.
+
+    `nic` is in that answer only, and null for a vm that does not run.
+    """
 
     id: int
     name: str
@@ -51,6 +63,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     ssh_host_keys: list[str]
     timings: dict[str, float]
     ports: list[str]
+    nic: NicInfo | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class VmRecord(msgspec.Struct, frozen=True):

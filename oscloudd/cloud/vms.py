@@ -12,11 +12,12 @@ from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.states import DOWN_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.vm_paths import vm_paths
-from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm, read_vms
+from oscloudd.cloud.vm_records import NicInfo, VmInfo, VmRecord, describe, read_vm, read_vms
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import AlreadyExistsError, InvalidStateError
 from oscloudd.guest.readiness import Sign, wait_sign
+from oscloudd.host.network.counters import read_guest_traffic
 from oscloudd.machine.console import Attachment
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.store.database import Database
@@ -54,8 +55,10 @@ class Vms:
         return [describe(vm) for vm in await self._database.run(read_vms)]
 
     async def info(self, key: int | str) -> VmInfo:
-        """Describe one vm; raises NotFoundError."""
-        return describe(await self._read(key))
+        """Describe one vm with what its network card has seen; raises NotFoundError."""
+        vm = await self._read(key)
+        seen = None if vm.pid is None else read_guest_traffic(vm.tap)
+        return msgspec.structs.replace(describe(vm), nic=seen and NicInfo(*seen))
 
     async def rename(self, key: int | str, name: str, order: Order) -> VmInfo:
         """Give a vm another name; its guest keeps its hostname until it is told otherwise."""
