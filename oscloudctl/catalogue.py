@@ -34,7 +34,11 @@ COMMANDS: dict[str, Entry] = {
     "vm-resume": Entry(_VM, "vm_power", "Let paused or suspended vms go on."),
     "vm-delete": Entry(_VM, "vm_power", "Delete vms and their disks."),
     "vm-rename": Entry(_VM, "vm", "Give a vm another name."),
-    "vm-set": Entry(_VM, "vm_set", "Set what vms do by themselves: start with the host, restart."),
+    "vm-set": Entry(
+        _VM,
+        "vm_set",
+        "Set what vms do by themselves (start with the host, restart) and their bandwidth.",
+    ),
     "vm-wait": Entry(_VM, "vm", "Wait until vms are ready, in a given state, or answer."),
     "vm-ssh": Entry(_INSIDE, "vm_inside", "Log in to a vm, or run a command in it, by ssh."),
     "vm-console": Entry(_INSIDE, "vm_inside", "Attach the terminal to a vm's serial console."),

@@ -15,7 +15,7 @@ from oscloudctl.session import (
     pass_session,
     socket_option,
 )
-from oscloudctl.vm_set import policy_options
+from oscloudctl.vm_set import bandwidth_option, policy_options
 from oscloudd.errors import InvalidArgumentError
 
 DEFAULT_IMAGE = "debian_12"
@@ -52,6 +52,7 @@ SILENCE_SECONDS = 900.0
     " 0.0.0.0 is for everybody; several times for several.  [address: 127.0.0.1]",
 )  # fmt: skip
 @policy_options
+@bandwidth_option
 @click.option(
     "--warm", type=click.Choice(["auto", "off", "only"]),
     help="Begin where a template that was booted once stands: if there is one, never, or not at"

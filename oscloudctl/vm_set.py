@@ -29,27 +29,40 @@ def policy_options(function: Decorated) -> Decorated:
     return autostart(restart(function))
 
 
+def bandwidth_option(function: Decorated) -> Decorated:
+    """Add `--bandwidth`."""
+    return click.option(
+        "--bandwidth", metavar="RATE",
+        help="How many bits a second it may send, and receive, such as 100M; none for any number.",
+    )(function)  # fmt: skip
+
+
 @click.command("vm-set")
 @vms_argument
 @policy_options
+@bandwidth_option
 @output_options
 @socket_option
 @pass_session
 def vm_set(
     session: Session, /, vms: tuple[str, ...], *, as_json: bool, ids_only: bool, **policies: Any
 ) -> int:
-    """Set what vms do by themselves: start with the host, restart."""
+    """Set what vms do by themselves (start with the host, restart) and their bandwidth."""
     if not vms:
         raise click.UsageError("which vm? Name one or more")
     if not any(policies.values()):
-        raise click.UsageError("there is nothing to set: give --autostart or --restart")
+        raise click.UsageError(
+            "there is nothing to set: give --autostart, --restart or --bandwidth"
+        )
     found: list[dict[str, Any]] = []
 
     def change(vm: Target) -> dict[str, Any]:
         answer: dict[str, Any] = session.call("vm_set", vm=vm, **policies)
         if not as_json and not ids_only:
             both = f"autostart {answer['autostart']}, restart {answer['restart']}"
-            click.echo(f"{answer['name']}: {both}")
+            limit = answer.get("bandwidth")
+            rate = f", bandwidth {limit} bit/s" if limit else ""
+            click.echo(f"{answer['name']}: {both}{rate}")
         return answer
 
     status = run_on_each(session, [parse_target(vm) for vm in vms], change, done=found.append)

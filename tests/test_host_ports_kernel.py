@@ -195,7 +195,7 @@ def test_what_somebody_takes_away_is_told_and_our_own_changes_are_not() -> None:
         losses: list[str] = []
         heard = asyncio.Event()
 
-        def on_loss() -> None:
+        async def on_loss() -> None:
             losses.append("lost")
             heard.set()
 
@@ -226,7 +226,7 @@ def test_what_somebody_takes_away_is_told_and_our_own_changes_are_not() -> None:
                 assert losses == ["lost"]
                 losses.clear()
         finally:
-            watch.close()
+            await watch.close()
 
     asyncio.run(scenario())
 

@@ -47,7 +47,7 @@ from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.guest.readiness import Sign
 from oscloudd.host.keys import check_public_key
-from oscloudd.units import check_name, parse_size
+from oscloudd.units import check_name, parse_rate, parse_size
 
 _MAX_LOG_LINES = 100_000
 # The longest of qemu 7.2 has 37 characters.
@@ -122,11 +122,24 @@ async def _vm_rename(cloud: Cloud, params: VmRenameParams, caller: Caller) -> ob
 
 
 async def _vm_set(cloud: Cloud, params: VmSetParams, _caller: Caller) -> object:
-    if params.autostart is None and params.restart is None:
+    if params.autostart is None and params.restart is None and params.bandwidth is None:
         raise InvalidArgumentError(
-            "there is nothing to set", hint="give autostart or restart", parameter="autostart"
+            "there is nothing to set",
+            hint="give autostart, restart or bandwidth",
+            parameter="autostart",
         )
-    return await cloud.vms.set(params.vm, autostart=params.autostart, restart=params.restart)
+    return await cloud.vms.set(
+        params.vm,
+        autostart=params.autostart,
+        restart=params.restart,
+        bandwidth=_parse_bandwidth(params.bandwidth),
+    )
+
+
+def _parse_bandwidth(value: int | str | None) -> int | None:
+    if value is None or value == "none":
+        return None if value is None else 0
+    return parse_rate(value, parameter="bandwidth")
 
 
 async def _vm_wait(cloud: Cloud, params: VmWaitParams, caller: Caller) -> object:
@@ -295,6 +308,7 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         restart=params.restart,
         warm=params.warm,
         publish=tuple(parse_spec(port, parameter="publish") for port in ports),
+        bandwidth=_parse_bandwidth(params.bandwidth) or 0,
     )
 
 

@@ -116,13 +116,18 @@ class VmCreateParams(Params, frozen=True):
     restart: Restart = "no"
     warm: Literal["auto", "off", "only"] | None = None
     publish: str | list[str] = []
+    bandwidth: int | str | None = None
 
 
 class VmSetParams(VmParams, frozen=True):
-    """A vm and what is to be different about it; what is left out stays."""
+    """A vm and what is to be different about it; what is left out stays.
+
+    A `bandwidth` of "none" takes the limit away.
+    """
 
     autostart: Autostart | None = None
     restart: Restart | None = None
+    bandwidth: int | str | None = None
 
 
 class VmStartParams(VmParams, frozen=True):

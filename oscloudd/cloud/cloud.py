@@ -25,6 +25,7 @@ from oscloudd.cloud.names import Names
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.ports import Ports
+from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.spare import SpareMaker
 from oscloudd.cloud.start_slots import StartSlots
@@ -85,6 +86,7 @@ class Cloud:
         self.names = Names(config, database, self.events)
         self.networks = Networks(config, database, self.names)
         self.ports = Ports(database, self.changes)
+        self._rates = Rates(database)
         self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
         self._leftovers = Leftovers(config, database, self.networks, self.events)
@@ -128,6 +130,7 @@ class Cloud:
             suspension,
             self.ports,
             self.names,
+            self._rates,
         )
         operations = Operations(database, self.jobs, steps)
         self.power = VmPower(
@@ -143,7 +146,15 @@ class Cloud:
         self._keeper = Keeper(self.states, operations, self.power, self.events)
         self._supervisor.on_ended = self._keeper.consider
         self.host_shutdown = HostShutdown(database, operations, self._keeper)
-        self.vms = Vms(config, database, self.states, self._supervisor, operations, self._keeper)
+        self.vms = Vms(
+            config,
+            database,
+            self.states,
+            self._supervisor,
+            operations,
+            self._keeper,
+            self._rates,
+        )
         self.creator = VmCreator(
             config,
             database,
@@ -180,6 +191,7 @@ class Cloud:
         await self.networks.ensure_default()
         await self.ports.prepare()
         await self.names.prepare()
+        self._rates.start()
         await self._reconciler.prepare()
 
     def start(self) -> None:
@@ -203,6 +215,7 @@ class Cloud:
         await self.creator.close()
         await self.ports.close()
         await self.names.close()
+        await self._rates.close()
         await self._pool.close()
         await self._supervisor.close()
         for chosen in (self._accelerator, self._qemu):
@@ -219,6 +232,7 @@ class Cloud:
         while True:
             for work in (
                 self.ports.sync,
+                self._rates.sync,
                 self._leftovers.sweep,
                 self.events.prune,
                 self.jobs.prune,

@@ -53,8 +53,7 @@ class Ports:
         self._held: dict[HostPort, socket.socket | None] = {}
         self._reserving = asyncio.Lock()
         self._applying = asyncio.Lock()
-        self._watch = TableWatch(socket.AF_INET, TABLE.split()[1], self._on_loss)
-        self._putting_back: set[asyncio.Task[None]] = set()
+        self._watch = TableWatch(socket.AF_INET, TABLE.split()[1], self._put_back)
 
     def host_ports(self) -> set[int]:
         """Give the ports that no serial line may have."""
@@ -73,10 +72,7 @@ class Ports:
 
     async def close(self) -> None:
         """Let go of the ports; what is forwarded stays so."""
-        self._watch.close()
-        for task in self._putting_back:
-            task.cancel()
-        await asyncio.gather(*self._putting_back, return_exceptions=True)
+        await self._watch.close()
         for held in self._held.values():
             if held is not None:
                 held.close()
@@ -186,18 +182,10 @@ class Ports:
             if held is not None:
                 held.close()
 
-    def _on_loss(self) -> None:
-        if self._held:
-            task = asyncio.ensure_future(self._put_back())
-            self._putting_back.add(task)
-            task.add_done_callback(self._putting_back.discard)
-
     async def _put_back(self) -> None:
-        _log.warning("the rules of forwarded ports were taken away: put back")
-        try:
+        if self._held:
+            _log.warning("the rules of forwarded ports were taken away: put back")
             await self.sync()
-        except CloudError as error:
-            _log.warning("forwarded ports: %s", error.message)
 
 
 def insert_ports(vm_id: int, vm_name: str, specs: Sequence[PortSpec]) -> None:

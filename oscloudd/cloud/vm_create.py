@@ -78,6 +78,7 @@ class VmRequest:
     restart: str = "no"
     warm: str | None = None
     publish: tuple[PortSpec, ...] = ()
+    bandwidth: int = 0
 
 
 class VmCreator:
@@ -280,6 +281,7 @@ class VmCreator:
             seed_document=build_document(identity) if by_serial else "",
             autostart=request.autostart,
             restart=request.restart,
+            bandwidth=request.bandwidth,
             owner_uid=owner_uid,
             created_at=now,
         )

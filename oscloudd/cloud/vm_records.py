@@ -32,7 +32,8 @@ class NicInfo(msgspec.Struct, frozen=True):
 class VmInfo(msgspec.Struct, frozen=True):
     """The answer of `vm_info`: sizes in bytes, times in seconds since 1970.
 
-    `nic` is in that answer only, and null for a vm that does not run.
+    `bandwidth` is in bits a second, null for no limit. `nic` is in that answer only, and null for
+    a vm that does not run.
     """
 
     id: int
@@ -63,6 +64,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     ssh_host_keys: list[str]
     timings: dict[str, float]
     ports: list[str]
+    bandwidth: int | None
     nic: NicInfo | msgspec.UnsetType | None = msgspec.UNSET
 
 
@@ -105,6 +107,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     timings: str
     created_at: float
     ports: str | None  # forwarded ones, with commas between
+    bandwidth: int  # bits a second, 0 for any
 
     @property
     def tap(self) -> str:
@@ -165,6 +168,7 @@ _COLUMNS = (
     Vm.timings,
     Vm.created_at,
     Port.select(fn.GROUP_CONCAT(Port.spec)).where(Port.vm == Vm.id),
+    Vm.bandwidth,
 )
 
 
@@ -232,6 +236,7 @@ def describe(vm: VmRecord) -> VmInfo:
         ssh_host_keys=vm.host_keys.splitlines(),
         timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
         ports=sorted(vm.ports.split(",")) if vm.ports else [],
+        bandwidth=vm.bandwidth or None,
     )
 
 

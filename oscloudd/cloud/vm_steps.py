@@ -14,6 +14,7 @@ from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.ports import Ports
+from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor, scope_of
@@ -55,7 +56,9 @@ class VmSteps:
         suspension: Suspension,
         ports: Ports,
         names: Names,
+        rates: Rates,
     ) -> None:
+        self._rates = rates
         self._config = config
         self._ports = ports
         self._names = names
@@ -109,6 +112,8 @@ class VmSteps:
         if job.is_resumed and self._supervisor.find(vm.id) is None:
             await self.starting(job)  # what an earlier daemon had started is gone
             vm = await self._get(job)
+        if vm.bandwidth:
+            await self._rates.sync()
         # From its first step on the guest may write to its disk.
         await self._suspension.drop(vm)
         await self._supervisor.let_run(vm)
@@ -326,6 +331,8 @@ class VmSteps:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await self._ports.forget(vm)
         self._names.forget(vm)
+        if vm.bandwidth:
+            await self._rates.sync(going_tap=vm.tap_index)
         await asyncio.to_thread(self._paths(vm).remove)
         self._supervisor.forget_neighbour(vm)
 

@@ -9,6 +9,7 @@ from peewee import IntegrityError
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.operations import Operations
+from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.states import DOWN_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.vm_paths import vm_paths
@@ -42,7 +43,9 @@ class Vms:
         supervisor: Supervisor,
         operations: Operations,
         keeper: Keeper,
+        rates: Rates,
     ) -> None:
+        self._rates = rates
         self._config = config
         self._database = database
         self._states = states
@@ -82,10 +85,18 @@ class Vms:
         return describe(await self._read(vm_id))
 
     async def set(
-        self, key: int | str, *, autostart: str | None = None, restart: str | None = None
+        self,
+        key: int | str,
+        *,
+        autostart: str | None = None,
+        restart: str | None = None,
+        bandwidth: int | None = None,
     ) -> VmInfo:
-        """Change when a vm starts by itself; None leaves a setting as it is."""
-        given = {"autostart": autostart, "restart": restart}
+        """Change when a vm starts by itself and how fast it may send and receive, in bits a second.
+
+        None leaves a setting as it is; a bandwidth of 0 takes the limit away.
+        """
+        given = {"autostart": autostart, "restart": restart, "bandwidth": bandwidth}
         columns = {name: value for name, value in given.items() if value is not None}
 
         def change() -> VmRecord:
@@ -95,6 +106,8 @@ class Vms:
             return read_vm(vm.id)
 
         vm = await self._database.run(change)
+        if bandwidth is not None:
+            await self._rates.sync()
         self._states.changes.announce()
         self._keeper.consider(vm.id)
         return describe(vm)

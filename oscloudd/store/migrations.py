@@ -47,6 +47,10 @@ def _ports(database: Any) -> None:
     database.create_tables(PORT_TABLES)
 
 
+def _bandwidth(database: Any) -> None:
+    _add_columns(database, "vm", {"bandwidth": "BIGINT NOT NULL DEFAULT 0"})
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -59,6 +63,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _journal_and_events,
     _warm_images,
     _ports,
+    _bandwidth,
 )
 
 

@@ -110,6 +110,7 @@ class Vm(Table):
     owner_uid = BigIntegerField()  # up to 2^32 - 2, more than MariaDB's INTEGER holds
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
+    bandwidth = BigIntegerField(default=0)  # bits a second, each way; 0 is no limit
     timings = LongTextField(default="{}")  # seconds of each stage of its creation, JSON
     created_at = DoubleField()
 

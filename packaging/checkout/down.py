@@ -106,7 +106,7 @@ def remove_leftovers(bridges: list[str]) -> None:
         if link.get("ifname") in bridges and link.get("ifalias") == "oscloud":
             run(["ip", "link", "delete", link["ifname"]])
     if not _SYSTEM_SOCKET.exists():
-        for table in ("inet oscloud", "ip oscloud"):
+        for table in ("inet oscloud", "ip oscloud", "netdev oscloud"):
             run(["nft", "-f", "-"], input_text=f"add table {table}\ndelete table {table}\n")
 
 

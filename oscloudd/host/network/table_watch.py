@@ -1,13 +1,15 @@
 """Being told by the kernel that somebody took a table of ours, or a part of it, away.
 
-Costs nothing while nobody changes nft's rules. Putting it back is the listener's.
+Costs nothing while nobody changes nft's rules. How it is put back is the listener's.
 """
 
 import asyncio
 import logging
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+
+from oscloudd.errors import CloudError
 
 _log = logging.getLogger(__name__)
 
@@ -27,15 +29,17 @@ _RECEIVE_BYTES = 1 << 20
 
 
 class TableWatch:
-    """Calls `on_loss` after each transaction that left less of a table than it found.
+    """Has `put_back` done after each transaction that left less of a table than it found.
 
-    One that makes the table anew at its end, as ours do, is none.
+    One that makes the table anew at its end, as ours do, is none. `family` is a number of
+    linux/netfilter.h.
     """
 
-    def __init__(self, family: int, table: str, on_loss: Callable[[], None]) -> None:
+    def __init__(self, family: int, table: str, put_back: Callable[[], Awaitable[None]]) -> None:
         self._family = family
         self._table = table.encode()
-        self._on_loss = on_loss
+        self._put_back = put_back
+        self._putting_back: set[asyncio.Task[None]] = set()
         self._is_lost = False
         self._socket: socket.socket | None = None
 
@@ -46,12 +50,26 @@ class TableWatch:
         self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
         asyncio.get_running_loop().add_reader(self._socket, self._read)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Listen no more."""
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
+        for task in self._putting_back:
+            task.cancel()
+        await asyncio.gather(*self._putting_back, return_exceptions=True)
+
+    def _on_loss(self) -> None:
+        task = asyncio.create_task(self._answer_loss())
+        self._putting_back.add(task)
+        task.add_done_callback(self._putting_back.discard)
+
+    async def _answer_loss(self) -> None:
+        try:
+            await self._put_back()
+        except CloudError as error:
+            _log.warning("table %s can't be put back: %s", self._table.decode(), error.message)
 
     def _read(self) -> None:
         assert self._socket is not None
