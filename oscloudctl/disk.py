@@ -17,9 +17,9 @@ COLUMNS = (
     Column("NAME", "name"),
     Column("SIZE", "size"),
     Column("ALLOCATED", "allocated"),
-    Column("FORMAT", "format"),
     Column("TEMPLATE", "template"),
     Column("VM", "vm"),
+    Column("ROLE", "role"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from oscloudctl.client import NotTheDaemonError
-from oscloudctl.output import make_printable
+from oscloudctl.output import format_value, make_printable
 from oscloudctl.reconnect import Patience
 from oscloudctl.report import EXIT_INTERRUPTED
 from oscloudctl.session import Session, pass_session, socket_option
@@ -117,6 +117,8 @@ def describe(event: Event) -> str:
         return _describe_job(event.get("job"), data)
     if event.get("kind") == "vm_state":
         return describe_state(data)
+    if event.get("kind") == "disk":
+        return f"{data.get('change')}: {format_value('size', data.get('size'))}"
     if event.get("kind") == "port":
         return f"port {data.get('port')} {data.get('change')}"
     return str(data.get("message") or json.dumps(data, ensure_ascii=False))

@@ -2,7 +2,8 @@
 
 import click
 
-from oscloudctl.output import Column, print_list
+from oscloudctl.deletion import delete_each, yes_option
+from oscloudctl.output import Column, print_list, print_objects
 from oscloudctl.session import (
     Session,
     complete_from,
@@ -19,7 +20,13 @@ COLUMNS = (
     Column("GATEWAY", "gateway"),
     Column("BRIDGE", "bridge"),
     Column("USED", "addresses_used"),
+    Column("ISOLATED", "isolated"),
+    Column("NAT", "nat"),
     Column("DNS", "dns"),
+)
+
+networks_argument = click.argument(
+    "networks", metavar="NETWORK...", nargs=-1, shell_complete=complete_from("network_list")
 )
 
 
@@ -33,9 +40,7 @@ def network_list(session: Session, *, as_json: bool, ids_only: bool) -> None:
 
 
 @click.command("network-info")
-@click.argument(
-    "networks", metavar="NETWORK...", nargs=-1, shell_complete=complete_from("network_list")
-)
+@networks_argument
 @output_options
 @socket_option
 @pass_session
@@ -44,3 +49,56 @@ def network_info(
 ) -> int:
     """Show all there is to know about networks."""
     return show_each(session, "network", networks, as_json=as_json, ids_only=ids_only)
+
+
+@click.command("network-create")
+@click.argument("name")
+@click.option(
+    "--subnet", metavar="CIDR", help="Its addresses, such as 10.20.0.0/24.  [default: a free /24]"
+)
+@click.option("--isolated", is_flag=True, help="Its vms reach nothing but each other and the host.")
+@click.option(
+    "--no-nat", is_flag=True,
+    help="Its vms go out under their own addresses, and are reached at them.",
+)  # fmt: skip
+@click.option(
+    "--dns", multiple=True, metavar="ADDRESS",
+    help="A name server for its vms; several times for several.  [default: the host's]",
+)  # fmt: skip
+@output_options
+@socket_option
+@pass_session
+def network_create(
+    session: Session,
+    name: str,
+    subnet: str | None,
+    dns: tuple[str, ...],
+    *,
+    isolated: bool,
+    no_nat: bool,
+    as_json: bool,
+    ids_only: bool,
+) -> None:
+    """Make a network for vms; a name is enough."""
+    made = session.call(
+        "network_create",
+        name=name,
+        subnet=subnet,
+        isolated=isolated or None,
+        nat=False if no_nat else None,
+        dns=list(dns) or None,
+    )
+    print_objects([made], as_json=as_json, ids_only=ids_only)
+    if not (as_json or ids_only):
+        click.echo(f"Next: oscloudctl vm-create NAME --network {name}", err=True)
+
+
+@click.command("network-delete")
+@networks_argument
+@yes_option
+@output_options
+@socket_option
+@pass_session
+def network_delete(session: Session, /, networks: tuple[str, ...], **options: bool) -> int:
+    """Delete networks that no vm is in."""
+    return delete_each(session, "network", networks, **options)

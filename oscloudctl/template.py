@@ -1,11 +1,11 @@
 """The template commands."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from oscloudctl.deletion import delete_each, yes_option
 from oscloudctl.output import Column, print_list, print_objects
 from oscloudctl.session import (
     Session,
@@ -144,37 +144,14 @@ def template_download(session: Session, /, templates: tuple[str, ...], **output:
 
 @click.command("template-delete")
 @templates_argument
-@click.option("-y", "--yes", is_flag=True, help="Do not ask (asks only on a terminal).")
+@yes_option
 @output_options
 @socket_option
 @pass_session
-def template_delete(
-    session: Session, templates: tuple[str, ...], *, yes: bool, as_json: bool, ids_only: bool
-) -> int:
+def template_delete(session: Session, /, templates: tuple[str, ...], **options: bool) -> int:
     """Delete templates that no disk stands on.
 
     The warm images of one go with it. What is declared on this box can be made again.
     """
-    if not templates:
-        raise click.UsageError("which template? Name one or more")
-    if (
-        not yes
-        and sys.stdin.isatty()
-        and not click.confirm(f"Delete {', '.join(templates)}?", err=True)
-    ):
-        click.echo("Nothing was deleted.", err=True)
-        return 1
-
-    def delete(template: int | str) -> Any:
-        # Some file systems take long to remove a large file.
-        return session.call("template_delete", timeout_seconds=SILENCE_SECONDS, template=template)
-
-    deleted: list[dict[str, Any]] = []
-    targets = [parse_target(each) for each in templates]
-    status = run_on_each(session, targets, delete, done=deleted.append)
-    if as_json or ids_only:
-        print_objects(deleted, as_json=as_json, ids_only=ids_only)
-    else:
-        for each in deleted:
-            click.echo(f"{each['name']}: deleted")
-    return status
+    # Some file systems take long to remove a large file.
+    return delete_each(session, "template", templates, silence_seconds=SILENCE_SECONDS, **options)

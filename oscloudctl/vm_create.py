@@ -12,6 +12,7 @@ from oscloudctl.session import (
     complete_from,
     no_wait_option,
     output_options,
+    parse_target,
     pass_session,
     socket_option,
 )
@@ -27,8 +28,8 @@ SILENCE_SECONDS = 900.0
 @click.command("vm-create")
 @click.argument("name")
 @click.option(
-    "--image", default=DEFAULT_IMAGE, show_default=True, metavar="TEMPLATE",
-    shell_complete=complete_from("template_list"), help="The template it is made from.",
+    "--image", metavar="TEMPLATE", shell_complete=complete_from("template_list"),
+    help=f"The template it is made from.  [default: {DEFAULT_IMAGE}]",
 )  # fmt: skip
 @click.option(
     "--network", metavar="NETWORK", shell_complete=complete_from("network_list"),
@@ -36,6 +37,10 @@ SILENCE_SECONDS = 900.0
 )  # fmt: skip
 @click.option("--mem-size", metavar="SIZE", help="Memory, such as 512M.  [default: 1G]")
 @click.option("--disk-size", metavar="SIZE", help="Disk, such as 20G.  [default: 10G]")
+@click.option(
+    "--disk", metavar="DISK", shell_complete=complete_from("disk_list"),
+    help="Begin on this disk, made by disk-create --template, in place of a new one.",
+)  # fmt: skip
 @click.option("--cpus", type=int, metavar="N", help="Virtual processors.  [default: 1]")
 @click.option("--ip", metavar="ADDRESS", help="Its address.  [default: the next free one]")
 @click.option(
@@ -74,6 +79,8 @@ def vm_create(
     ssh_keys: tuple[str, ...],
     password: str | None,
     user_data: str | None,
+    image: str | None,
+    disk: str | None,
     wait: str | None,
     publish: tuple[str, ...],
     *,
@@ -85,6 +92,10 @@ def vm_create(
     **params: Any,
 ) -> None:
     """Make a vm and start it; a name alone is enough."""
+    if disk is None:
+        params["image"] = image or DEFAULT_IMAGE
+    else:
+        params |= {"image": image, "disk": parse_target(disk)}
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
     params["publish"] = list(publish) or None

@@ -1,11 +1,11 @@
 """The vm commands that change what it does, from start to delete."""
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from oscloudctl.deletion import is_meant, yes_option
 from oscloudctl.job_call import call_job, print_begun
 from oscloudctl.output import print_ids, print_objects
 from oscloudctl.session import (
@@ -17,7 +17,13 @@ from oscloudctl.session import (
     socket_option,
     timeout_option,
 )
-from oscloudctl.targets import Target, all_option, choose_vms, run_on_each, vms_argument
+from oscloudctl.targets import (
+    Target,
+    all_option,
+    choose_vms,
+    run_on_each,
+    vms_argument,
+)
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -195,7 +201,7 @@ def vm_suspend(session: Session, /, vms: tuple[str, ...], *, every: bool, **outp
 @click.command("vm-delete")
 @vms_argument
 @all_option
-@click.option("-y", "--yes", is_flag=True, help="Do not ask (asks only on a terminal).")
+@yes_option
 @force_option
 @timeout_option(30, _STOP_HELP)
 @no_wait_option
@@ -215,11 +221,9 @@ def vm_delete(
 ) -> int:
     """Delete vms and their disks."""
     targets = choose_vms(session, vms, every=every)
-    if targets and not yes and sys.stdin.isatty():
-        named = ", ".join(map(str, targets))
-        if not click.confirm(f"Delete {named} with all that is on their disks?", err=True):
-            click.echo("Nothing was deleted.", err=True)
-            return 1
+    named = ", ".join(map(str, targets))
+    if targets and not is_meant(f"Delete {named} with all that is on their disks?", yes=yes):
+        return 1
     return change_each(
         session, "vm_delete", targets, silence_seconds=timeout + STOP_MARGIN_SECONDS,
         force=force, timeout=timeout, **output,

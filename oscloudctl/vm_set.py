@@ -5,12 +5,13 @@ from typing import Any, TypeVar
 
 import click
 
-from oscloudctl.output import print_objects
+from oscloudctl.output import format_value, print_objects
 from oscloudctl.session import Session, output_options, parse_target, pass_session, socket_option
 from oscloudctl.targets import Target, run_on_each, vms_argument
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+_WORDS = {"mem_size": "memory", "protect": "protected"}
 AUTOSTART = ("no", "yes", "last-state")
 RESTART = ("no", "on-failure", "always")
 
@@ -37,32 +38,49 @@ def bandwidth_option(function: Decorated) -> Decorated:
     )(function)  # fmt: skip
 
 
+def _describe(vm: dict[str, Any], given: dict[str, Any]) -> str:
+    """Say how a vm is now: its policies, and what else was given."""
+    shown = ["cpus", "mem_size", "protect", "bandwidth"]
+    keys = [*(key for key in shown if key in given), "autostart", "restart"]
+    return ", ".join(f"{_WORDS.get(key, key)} {format_value(key, vm.get(key))}" for key in keys)
+
+
 @click.command("vm-set")
 @vms_argument
+@click.option("--name", metavar="NAME", help="Its name; its guest keeps the hostname it has.")
+@click.option("--cpus", type=int, metavar="N", help="Virtual processors, while it is off.")
+@click.option("--mem-size", metavar="SIZE", help="Memory, such as 2G, while it is off.")
 @policy_options
 @bandwidth_option
+@click.option("--protect", type=click.Choice(["no", "yes"]), help="Refuse to delete it.")
 @output_options
 @socket_option
 @pass_session
 def vm_set(
-    session: Session, /, vms: tuple[str, ...], *, as_json: bool, ids_only: bool, **policies: Any
+    session: Session,
+    /,
+    vms: tuple[str, ...],
+    protect: str | None,
+    *,
+    as_json: bool,
+    ids_only: bool,
+    **settings: Any,
 ) -> int:
-    """Set what vms do by themselves (start with the host, restart) and their bandwidth."""
+    """Change what vms are: size, name, policies."""
     if not vms:
         raise click.UsageError("which vm? Name one or more")
-    if not any(policies.values()):
-        raise click.UsageError(
-            "there is nothing to set: give --autostart, --restart or --bandwidth"
-        )
+    settings["protect"] = None if protect is None else protect == "yes"
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not given:
+        raise click.UsageError("there is nothing to set: give one of the options, see --help")
+    if "name" in given and len(vms) > 1:
+        raise click.UsageError("only one vm can have that name")
     found: list[dict[str, Any]] = []
 
     def change(vm: Target) -> dict[str, Any]:
-        answer: dict[str, Any] = session.call("vm_set", vm=vm, **policies)
+        answer: dict[str, Any] = session.call("vm_set", vm=vm, **given)
         if not as_json and not ids_only:
-            both = f"autostart {answer['autostart']}, restart {answer['restart']}"
-            limit = answer.get("bandwidth")
-            rate = f", bandwidth {limit} bit/s" if limit else ""
-            click.echo(f"{answer['name']}: {both}{rate}")
+            click.echo(f"{answer['name']}: {_describe(answer, given)}")
         return answer
 
     status = run_on_each(session, [parse_target(vm) for vm in vms], change, done=found.append)

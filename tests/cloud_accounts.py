@@ -28,18 +28,19 @@ def tail(box: Box, characters: int = 5000) -> str:
 def expected_traces(box: Box) -> dict[str, Any]:
     """Give what `Box.traces` must find when the vms of the list are all there is."""
     vms = box.call("vm_list")
+    disks = [disk["id"] for disk in box.call("disk_list")]
     taps = dict(box.rows("SELECT id, tap_interface_idx FROM vm"))
     live = [vm for vm in vms if vm["pid"] is not None]
     logs = [f"log/vm-{vm['id']}{kind}.log" for vm in vms for kind in ("", ".console")]
     expected: dict[str, Any] = {
         "vm rows": sorted((vm["id"], vm["name"]) for vm in vms),
-        "disk rows": sorted(vm["disk"] for vm in vms),
+        "disk rows": sorted(disks),
         "taps": sorted(f"osctap{taps.get(vm['id'])}" for vm in live),
         "addresses": sorted(vm["ip"] for vm in live),
         "ports": sorted(f"127.0.0.1:{vm['serial_port']}" for vm in live),
         "processes": sorted(vm["pid"] for vm in live),
         "run directories": sorted(f"run/vms/{vm['id']}" for vm in live),
-        "disks": sorted(f"state/disks/{vm['disk']}" for vm in vms),
+        "disks": sorted(f"state/disks/{disk}" for disk in disks),
         "saved memory": sorted(
             f"state/disks/{vm['disk']}/suspended" for vm in vms if vm["state"] == "SUSPENDED"
         ),

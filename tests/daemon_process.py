@@ -292,7 +292,17 @@ class Box:
 
     def forwarded_ports(self) -> list[str]:
         """Give what the host's rules forward, as `host address . protocol . port : guest`."""
-        command = ["ip", "netns", "exec", self.namespace, "nft", "list", "table", "ip", "oscloud"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self.namespace,
+            "nft",
+            "list",
+            "table",
+            "ip",
+            "oscloud_ports",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return sorted(
             re.findall(r"[0-9a-z][0-9a-z. ]+ : [0-9. ]+[0-9]", done.stdout.replace("=", ""))
@@ -339,7 +349,10 @@ class Box:
             if self.daemon is None and self.socket_path.parent.exists():
                 self.start()
             for vm in self.call("vm_list"):
+                self.call("vm_set", vm=vm["id"], protect=False)
                 self.call("vm_delete", vm=vm["id"], force=True)
+            for disk in self.call("disk_list"):
+                self.call("disk_delete", disk=disk["id"])
             left = self.traces()
             assert self.end() == 0, self.log()[-3000:]
             assert not self.socket_path.exists()

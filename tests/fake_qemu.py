@@ -22,6 +22,8 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
     restore_fails      says why on standard error and ends when it is to take a saved state
     restore_hangs      begins to take a saved state and never comes to its end
     save_fails         says that it could not write its guest out: the disk is full
+    keeps_disks        never lets go of a disk that is to be unplugged
+    disk_fails         takes no disk that is to be plugged in
     save_hangs         begins to write its guest out and goes on with that until it is told to stop
 
 Told to put its identity off (a document with the name `warm`), the guest waits again, can be
@@ -136,6 +138,9 @@ class FakeQemu:
         self.given: dict[str, Any] = {}
         self.state_files: dict[str, int] = {}
         self.migration = "none"
+        self.sets: dict[int, list[int]] = {}
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.plugged: dict[str, dict[str, Any]] = {}
         self.memory = self.open_memory()
         self.booted = False
         self.in_memory = ""
@@ -394,8 +399,74 @@ class FakeQemu:
         for self.migration in statuses:
             self.event("MIGRATION", {"status": self.migration})
 
+    # Disks plugged in and out
+
+    def do_add_fd(self) -> dict[str, int]:
+        number, descriptor = self.given["fdset-id"], self.monitor.descriptors.pop(0)
+        self.sets.setdefault(number, []).append(descriptor)
+        return {"fdset-id": number, "fd": descriptor}
+
+    def do_remove_fd(self) -> None:
+        if self.given["fdset-id"] not in self.sets:
+            raise RefusedError("File descriptor named 'fdset-id' not found")
+        for descriptor in self.sets.pop(self.given["fdset-id"]):
+            os.close(descriptor)
+
+    def do_blockdev_add(self) -> None:
+        name = self.given["node-name"]
+        below = [self.given[key] for key in ("file", "backing") if self.given.get(key)]
+        if name in self.nodes:
+            raise RefusedError(f"Duplicate nodes with node-name='{name}'")
+        if not set(below) <= self.nodes.keys():
+            raise RefusedError(f"Cannot find device='' nor node-name='{below}'")
+        if self.fault == "disk_fails" and self.given["driver"] != "file":
+            raise RefusedError("fake: Could not open the image")
+        self.nodes[name] = self.given
+
+    def do_blockdev_del(self) -> None:
+        name = self.given["node-name"]
+        if name not in self.nodes:
+            raise RefusedError(f"Failed to find node with node-name='{name}'")
+        users = [*self.nodes.values(), *self.plugged.values()]
+        if any(
+            name in (user.get("file"), user.get("backing"), user.get("drive")) for user in users
+        ):
+            raise RefusedError(f"Node {name} is in use")
+        del self.nodes[name]
+
+    def do_device_add(self) -> None:
+        if self.given["bus"] not in self.ports():
+            raise RefusedError(f"Bus '{self.given['bus']}' not found")
+        if self.given["drive"] not in self.nodes or self.given["id"] in self.plugged:
+            raise RefusedError("fake: no such drive, or a device that is there already")
+        self.plugged[self.given["id"]] = self.given
+
+    def do_device_del(self) -> None:
+        if self.given["id"] not in self.plugged:
+            raise RefusedError(f"Device '{self.given['id']}' not found")
+
+    def after_device_del(self) -> None:
+        if self.fault != "keeps_disks" and self.given["id"] in self.plugged:
+            del self.plugged[self.given["id"]]
+            path = f"/machine/peripheral/{self.given['id']}"
+            self.event("DEVICE_DELETED", {"path": f"{path}/virtio-backend"})
+            self.event("DEVICE_DELETED", {"device": self.given["id"], "path": path})
+
+    def do_qom_list(self) -> list[dict[str, str]]:
+        assert self.given["path"] == "/machine/peripheral"
+        return [{"name": name, "type": "child"} for name in (*self.ports(), *self.plugged)]
+
+    def ports(self) -> list[str]:
+        devices = [json.loads(value) for value in self.arguments if value.startswith('{"driver"')]
+        return [each["id"] for each in devices if each["driver"] == "pcie-root-port"]
+
     def do_block_resize(self) -> None:
-        assert self.given["node-name"] == "disk", self.given
+        name = self.given["node-name"]
+        if name != "disk":
+            number = int(self.nodes[f"{name}-file"]["filename"].removeprefix("/dev/fdset/"))
+        descriptor = self.disk() if name == "disk" else self.sets[number][0]
+        # Where a qcow2 says how large its disk is.
+        os.pwrite(descriptor, self.given["size"].to_bytes(8, "big"), 24)
 
     # The guest
 

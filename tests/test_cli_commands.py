@@ -33,7 +33,7 @@ DISK = {"id": 1, "name": "web", "size": 10 << 30, "format": "qcow2", "template":
         "vm": "web", "path": "/d", "created_at": 0, "allocated": 3 << 20}  # fmt: skip
 NETWORK = {"id": 1, "name": "default", "subnet": "192.168.0.0/16", "gateway": "192.168.0.1",
            "mask": "255.255.0.0", "bridge": "oscloud1", "dns": ["1.1.1.1", "9.9.9.9"],
-           "addresses_used": 2, "vms": ["web"]}  # fmt: skip
+           "isolated": False, "nat": True, "addresses_used": 2, "vms": ["web"]}  # fmt: skip
 TEMPLATE = {"name": "tiny", "description": "for tests", "os": "BusyBox", "source": "build",
             "state": "READY", "size": 30 << 20, "digest": "ab", "built_at": 0, "used_by": 2,
             "identity": "serial"}  # fmt: skip

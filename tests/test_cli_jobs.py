@@ -244,7 +244,7 @@ def test_vm_set(ctl: Oscloudctl, daemon: StubDaemon) -> None:
 def test_vm_set_of_a_bandwidth(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     daemon.answers["vm_set"] = {**VM, "bandwidth": 100_000_000}
     shown = ctl("vm-set", "web", "--bandwidth", "100M").stdout
-    assert shown == "web: autostart no, restart no, bandwidth 100000000 bit/s\n"
+    assert shown == "web: bandwidth 100000000, autostart no, restart no\n"
     assert daemon.params_of("vm_set") == [{"vm": "web", "bandwidth": "100M"}]
 
 

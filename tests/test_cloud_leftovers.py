@@ -16,14 +16,14 @@ from oscloudd.cloud import leftovers as module
 from oscloudd.cloud import traces
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.leftovers import Leftovers
-from oscloudd.cloud.names import Names
-from oscloudd.cloud.networks import Networks
 from oscloudd.config import Config
 from oscloudd.errors import UnavailableError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import GuestNetwork, apply_ruleset, find_ruleset_bridges
+from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
 from oscloudd.host.network.neighbours import set_neighbour
+from oscloudd.host.network.ruleset import GuestNetwork
 from oscloudd.host.network.taps import open_tap
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Event, Network, Vm
@@ -43,9 +43,8 @@ class Place:
         )
         self.database = Database(root / "state" / "oscloud.db")
         self.events = Events(self.database, Changes())
-        names = Names(self.config, self.database, self.events)
-        self.networks = Networks(self.config, self.database, names)
-        self.leftovers = Leftovers(self.config, self.database, self.networks, self.events)
+        self.firewall = Firewall(self.database, self.events)
+        self.leftovers = Leftovers(self.config, self.database, self.firewall, self.events)
 
     async def fill(self) -> None:
         def fill() -> None:
@@ -76,7 +75,8 @@ def insert_vm(number: int) -> None:
     disk = Disk.create(name=f"disk-{number}", size=1, created_at=0.0)
     Vm.create(
         name=f"vm-{number}", uuid=str(number), disk=disk, network=1, mem_size=1, cpus=1,
-        ip=f"10.0.0.{number}", mac=str(number), tap_interface_idx=number, qemu_serial_port=number,
+        ip=f"10.0.0.{number}", mac=f"52:54:00:00:00:0{number}", tap_interface_idx=number,
+        qemu_serial_port=number,
         state="CREATING", wanted_state="RUNNING", owner_uid=0, created_at=0.0,
     )  # fmt: skip
 
@@ -90,6 +90,7 @@ def on_a_host_of_its_own(test: Callable[[Place], Awaitable[None]]) -> Callable[[
             try:
                 await test(place)
             finally:
+                place.firewall.close()
                 await place.database.close()
 
         in_namespace(lambda: asyncio.run(scenario()))()
@@ -122,7 +123,7 @@ async def test_nothing_is_nothing(place: Place) -> None:
     await place.leftovers.sweep()
     assert await place.leftovers.look() == []
     assert await place.warnings() == []
-    assert await find_ruleset_bridges() is None
+    assert await find_ruleset_bridges() == set()
 
 
 @on_a_host_of_its_own
@@ -248,7 +249,7 @@ async def test_neighbours_of_nobody_are_forgotten_on_our_bridges_only(place: Pla
 @on_a_host_of_its_own
 async def test_nothing_in_the_network_is_touched_while_a_foreign_vm_runs(place: Place) -> None:
     await ensure_bridge(Bridge("oscbr0", IPv4Address("10.0.0.1"), 16))
-    await apply_ruleset([GuestNetwork("oscbr5", IPv4Network("10.5.0.0/16"))])
+    await apply_ruleset([GuestNetwork("oscbr5", IPv4Network("10.5.0.0/16"))], [])
     set_neighbour("oscbr0", IPv4Address("10.0.0.9"), MAC)
     with subprocess.Popen(["sleep", "1000"], cwd=place.make("run/vms/7")) as foreign:
         try:

@@ -69,4 +69,4 @@ def test_a_server_in_a_guest_is_reached_by_ports_of_the_host(cloud: GuestCloud) 
 
     cloud.call("vm_delete", vm="web")
     cloud.call("vm_delete", vm="shop")
-    assert "ip oscloud" not in cloud.run("nft", "list", "tables")
+    assert "ip oscloud_ports" not in cloud.run("nft", "list", "tables")

@@ -8,11 +8,7 @@ import pytest
 
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.network.bridges import Bridge, build_changes, build_creation
-from oscloudd.host.network.firewall import (
-    GuestNetwork,
-    build_ruleset,
-    parse_ruleset_bridges,
-)
+from oscloudd.host.network.firewall import parse_ruleset_bridges
 from oscloudd.host.network.interfaces import check_interface_name
 from oscloudd.host.network.links import Links, Tap, parse_links
 from oscloudd.host.network.name_server import (
@@ -24,55 +20,35 @@ from oscloudd.host.network.name_server import (
 from oscloudd.host.network.port_rules import Forward, build_forwards
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import Route, find_overlap, parse_routes
+from oscloudd.host.network.ruleset import GuestNetwork, GuestPort, build_ruleset
 
 BRIDGE = Bridge("oscloud0", IPv4Address("192.168.0.1"), 16)
 
-RULESET = """\
-add table inet oscloud
-delete table inet oscloud
-table inet oscloud {
-	chain postrouting {
-		type nat hook postrouting priority srcnat; policy accept;
-		oifname != "oscloud0" ip saddr 192.168.0.0/16 ip daddr != 192.168.0.0/16 masquerade
-	}
-	chain forward {
-		type filter hook forward priority filter; policy accept;
-		oifname { "oscloud0" } ct status dnat accept
-		iifname "oscloud0" oifname "oscloud0" accept
-		iifname "oscloud0" oifname { "oscloud0" } drop
-		iifname "oscloud0" ip saddr 192.168.0.0/16 accept
-		iifname "oscloud0" drop
-		oifname "oscloud0" ct state established,related accept
-		oifname "oscloud0" drop
-	}
-	chain input {
-		type filter hook input priority filter; policy accept;
-		iifname { "oscloud0" } ct state established,related accept
-		iifname { "oscloud0" } icmp type echo-request accept
-		iifname { "oscloud0" } udp dport { 53, 67 } accept
-		iifname { "oscloud0" } tcp dport 53 accept
-		iifname { "oscloud0" } drop
-	}
-}
-"""
+GOLDEN = Path(__file__).parent / "golden" / "firewall.nft"
+NETWORKS = [
+    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16")),
+    GuestNetwork("oscbr1", IPv4Network("172.16.0.0/16"), nat=False),
+    GuestNetwork("oscbr2", IPv4Network("10.1.0.0/29"), isolated=True),
+]
+PORTS = [
+    GuestPort("osctap0", "52:54:00:00:00:01", IPv4Address("192.168.0.2")),
+    GuestPort("osctap1", "52:54:00:00:00:02", IPv4Address("10.1.0.2")),
+]
 
 
-def test_ruleset_of_one_network() -> None:
-    network = GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16"))
-    assert build_ruleset([network]) == RULESET
+def test_ruleset_is_the_golden_one_whatever_the_order() -> None:
+    assert build_ruleset(NETWORKS, PORTS) == GOLDEN.read_text()
+    assert build_ruleset(NETWORKS[::-1], PORTS[::-1]) == GOLDEN.read_text()
 
 
-def test_ruleset_does_not_depend_on_the_order() -> None:
-    one = GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16"))
-    two = GuestNetwork("oscloud1", IPv4Network("172.16.0.0/16"))
-    assert build_ruleset([one, two]) == build_ruleset([two, one])
-    assert 'iifname "oscloud1" oifname { "oscloud0", "oscloud1" } drop' in build_ruleset([one, two])
+def test_ruleset_without_anybody_has_empty_sets() -> None:
+    assert "elements" not in build_ruleset([], [])
 
 
 FORWARDS = """\
-add table ip oscloud
-delete table ip oscloud
-table ip oscloud {
+add table ip oscloud_ports
+delete table ip oscloud_ports
+table ip oscloud_ports {
 	map at_one_address {
 		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
 		elements = {
@@ -93,9 +69,9 @@ table ip oscloud {
 		}
 	}
 	set guests {
-		type ipv4_addr; flags interval
+		type ifname . ipv4_addr; flags interval
 		elements = {
-			192.168.0.0/16
+			"oscloud0" . 192.168.0.0/16
 		}
 	}
 	chain filter_prerouting {
@@ -115,7 +91,7 @@ table ip oscloud {
 	chain nat_postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
 		ct status dnat oifname @bridges ip saddr 127.0.0.0/8 masquerade
-		ct status dnat oifname @bridges ip saddr @guests masquerade
+		ct status dnat oifname . ip saddr @guests masquerade
 	}
 }
 """
@@ -136,7 +112,7 @@ def test_rules_of_forwarded_ports() -> None:
         forward("tcp 127.0.0.1 8080", "192.168.0.2", 80),
     ]
     assert build_forwards(forwards) == FORWARDS
-    assert build_forwards([]) == "add table ip oscloud\ndelete table ip oscloud\n"
+    assert build_forwards([]) == "add table ip oscloud_ports\ndelete table ip oscloud_ports\n"
 
 
 def test_a_name_server_is_confined_by_systemd() -> None:
@@ -174,12 +150,24 @@ def test_names_the_kernel_or_nft_would_not_take(name: str) -> None:
     with pytest.raises(InvalidArgumentError):
         check_interface_name(name)
     with pytest.raises(InvalidArgumentError):
-        build_ruleset([GuestNetwork(name, IPv4Network("10.0.0.0/16"))])
+        build_ruleset([GuestNetwork(name, IPv4Network("10.0.0.0/16"))], [])
+
+
+def test_names_that_no_rule_speaks_of() -> None:
+    with pytest.raises(InvalidArgumentError, match="br0 is not called oscbr"):
+        build_ruleset([GuestNetwork("br0", IPv4Network("10.0.0.0/16"))], [])
+    with pytest.raises(InvalidArgumentError, match="tap0 is not called osctap"):
+        build_ruleset([], [GuestPort("tap0", "52:54:00:00:00:01", IPv4Address("10.0.0.2"))])
+
+
+def test_guest_has_the_address_it_makes_of_its_mac() -> None:
+    assert str(PORTS[1].link_local) == "fe80::5054:ff:fe00:2"
 
 
 def test_bridge_has_its_own_hardware_address() -> None:
     assert build_creation(BRIDGE) == [
-        "link add name oscloud0 address 02:05:c0:a8:00:01 type bridge stp_state 0 forward_delay 0",
+        "link add name oscloud0 address 02:05:c0:a8:00:01 type bridge stp_state 0 forward_delay 0"
+        " mcast_snooping 0",
         "link set dev oscloud0 alias oscloud",
         "address add 192.168.0.1/16 dev oscloud0",
         "link set dev oscloud0 up",
@@ -261,12 +249,9 @@ def test_no_resolver_a_guest_could_reach(tmp_path: Path) -> None:
 
 
 def test_bridges_a_ruleset_speaks_of() -> None:
-    two = [
-        GuestNetwork("oscloud0", IPv4Network("192.168.0.0/16")),
-        GuestNetwork("oscloud1", IPv4Network("172.16.0.0/16")),
-    ]
-    assert parse_ruleset_bridges(build_ruleset(two)) == {"oscloud0", "oscloud1"}
-    assert parse_ruleset_bridges(build_ruleset([])) == set()
+    packets = build_ruleset(NETWORKS, PORTS).partition("table inet oscloud {")[2]
+    assert parse_ruleset_bridges(packets) == {"oscbr0", "oscbr1", "oscbr2"}
+    assert parse_ruleset_bridges(build_ruleset([], [])) == set()
 
 
 def test_links_of_ours_are_told_by_alias_and_kind() -> None:

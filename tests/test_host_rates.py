@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from test_host_network_kernel import BRIDGE, Guest, in_namespace, ip, new_guest
+from test_host_firewall import Guest, new_guests
+from test_host_network_kernel import BRIDGE, in_namespace, ip
 
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.network.bridges import ensure_bridge
@@ -38,7 +39,7 @@ def test_what_is_no_rate_is_refused(value: int | str) -> None:
 
 
 def test_limits_are_written_for_nft() -> None:
-    assert build_rates({}) == "add table netdev oscloud\ndelete table netdev oscloud\n"
+    assert build_rates({}) == "add table netdev oscloud_rates\ndelete table netdev oscloud_rates\n"
     text = build_rates({"osctap7": 100_000_000, "osctap0": 64_000})
     assert text.index("osctap0_ingress") < text.index("osctap0_egress") < text.index("osctap7")
     assert "limit rate over 8000 bytes/second burst 262144 bytes drop" in text
@@ -48,16 +49,15 @@ def test_limits_are_written_for_nft() -> None:
 def received(interface: str, guest: Guest | None = None) -> int:
     command = ["ip", "-json", "-statistics", "link", "show", interface]
     if guest is not None:
-        shown = guest.run(*command).stdout.decode()
-    else:
-        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = ["nsenter", "--net", "--target", str(guest.process.pid), *command]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(json.loads(shown)[0]["stats64"]["rx"]["packets"])
 
 
 @in_namespace
 def test_what_is_beyond_a_limit_does_not_pass_either_way() -> None:
     asyncio.run(ensure_bridge(BRIDGE))
-    with new_guest() as guest:
+    with new_guests(1) as (guest,):
         guest.connect(TAP, "192.168.0.2", "192.168.0.1")
         ip(f"link set {TAP} master {BRIDGE.name}")
         flood = [sys.executable, "-I", "-c", FLOOD]

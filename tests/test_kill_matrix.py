@@ -32,7 +32,8 @@ MOST = 60
 class Case:
     """One operation on the vm `web`: what is asked, of which vm, and which outcomes there are.
 
-    `method` names the operation, too. `is_finished` and `is_undone` judge the vms there are by
+    `method` names the operation, too. `disk` is where the disk `data` is before it: attached, free,
+    or not there. `is_finished` and `is_undone` judge the vms there are by
     name, the bystander left out, against `web` as it was before.
     """
 
@@ -41,6 +42,7 @@ class Case:
     before: str | None
     is_finished: Callable[[dict[str, Any], dict[str, Any]], bool]
     is_undone: Callable[[dict[str, Any], dict[str, Any]], bool]
+    disk: str | None = None
 
 
 def is_same(now: dict[str, Any], was: dict[str, Any]) -> bool:
@@ -48,7 +50,7 @@ def is_same(now: dict[str, Any], was: dict[str, Any]) -> bool:
 
 
 def unchanged(now: dict[str, Any], was: dict[str, Any]) -> bool:
-    keys = ("id", "name", "state", "wanted_state", "pid", "ip", "disk")
+    keys = ("id", "name", "state", "wanted_state", "pid", "ip", "disk", "disks", "plugged")
     return is_same(now, was) and [now["web"][key] for key in keys] == [was[key] for key in keys]
 
 
@@ -79,11 +81,32 @@ def has_new_name(now: dict[str, Any], was: dict[str, Any]) -> bool:
     return list(now) == ["blog"] and now["blog"]["pid"] == was["pid"] and is_same(now, was)
 
 
+def has_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return is_same(now, was) and (now["web"]["disks"], now["web"]["plugged"]) == (
+        {"data": 1 << 20},
+        1,
+    )
+
+
+def has_no_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return is_same(now, was) and (now["web"]["disks"], now["web"]["plugged"]) == ({}, 0)
+
+
+def has_larger_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return is_same(now, was) and now["web"]["disks"] == {"data": 2 << 20}
+
+
+def runs_on_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return runs(now, was) and now["web"]["disk_size"] == 1 << 20
+
+
 OFF = ("SUSPENDED", "STOPPED")
 CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
     "publish": ["8080:80", "0.0.0.0:5353:53/udp"],
 }  # fmt: skip
+ON_DISK = {"name": "web", "ip": ADDRESS, "mem_size": "64M", "disk": "data", "wait": "ready"}
+ON_WEB = {"vm": "web", "disk": "data"}
 CASES = {
     "vm_create": Case("vm_create", CREATION, None, runs, gone),
     "vm_create warm": Case("vm_create", CREATION | {"warm": "only"}, None, runs, gone),
@@ -98,6 +121,21 @@ CASES = {
     "vm_start of a suspended vm": Case("vm_start", {"vm": "web"}, "SUSPENDED", runs, unchanged),
     "vm_stop of a suspended vm": Case(
         "vm_stop", {"vm": "web", "force": True}, "SUSPENDED", is_off, unchanged
+    ),
+    "vm_create on a disk": Case("vm_create", ON_DISK, None, runs_on_disk, gone, "free"),
+    "vm_delete of a vm with a disk": Case(
+        "vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged, "attached"
+    ),
+    "vm_start with a disk": Case("vm_start", {"vm": "web"}, "STOPPED", runs, unchanged, "attached"),
+    "disk_attach": Case("disk_attach", ON_WEB, "RUNNING", has_disk, unchanged, "free"),
+    "disk_detach": Case("disk_detach", ON_WEB, "RUNNING", has_no_disk, unchanged, "attached"),
+    "disk_resize": Case(
+        "disk_resize",
+        {"disk": "data", "size": "2M"},
+        "RUNNING",
+        has_larger_disk,
+        unchanged,
+        "attached",
     ),
 }
 STEPS = [
@@ -152,7 +190,21 @@ def bench(fake_qemu_binary: Path) -> Iterator[Bench]:
 
 
 def others(box: ZygoteBox) -> dict[str, Any]:
-    return {vm["name"]: vm for vm in box.call("vm_list") if vm["name"] != "shop"}
+    """Give the vms but the bystander, each with its data disks and how many qemu has of them."""
+    disks = [disk for disk in box.call("disk_list") if disk["role"] == "data"]
+    found = {vm["name"]: vm for vm in box.call("vm_list") if vm["name"] != "shop"}
+    for name, vm in found.items():
+        vm["disks"] = {disk["name"]: disk["size"] for disk in disks if disk["vm"] == name}
+        vm["plugged"] = count_plugged(box, vm)
+    return found
+
+
+def count_plugged(box: ZygoteBox, vm: dict[str, Any]) -> int:
+    if vm["state"] != "RUNNING":
+        return 0
+    where = {"path": "/machine/peripheral"}
+    call = {"vm": vm["id"], "command": "qom-list", "arguments": where}
+    return sum(each["name"].startswith("data") for each in box.call("vm_qemu_command", **call))
 
 
 def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
@@ -160,9 +212,12 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     for vm in others(box).values():
         if vm["name"] != "web" or case.before is None:
             box.call("vm_delete", vm=vm["id"], force=True)
+    prepare_disk(box, case)
     if case.before is None:
         return {}
     web = others(box).get("web") or box.call("vm_create", **CREATION)
+    if case.disk == "attached":
+        box.call("disk_attach", **ON_WEB)
     if case.before == "STOPPED":
         box.call("vm_stop", vm="web", force=True)
     elif web["state"] != "RUNNING":
@@ -171,9 +226,24 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     in_memory = remembered(box) if case.before != "STOPPED" else None
     if case.before == "SUSPENDED":
         box.call("vm_suspend", vm="web")
-    web = box.call("vm_info", vm="web")
+    web = others(box)["web"]
     assert web["state"] == case.before, web
     return {**web, "in memory": in_memory}
+
+
+def prepare_disk(box: ZygoteBox, case: Case) -> None:
+    """Have a fresh disk `data` that no vm has, or none."""
+    for disk in box.call("disk_list"):
+        if disk["name"] == "data":
+            if disk["role"] == "root":
+                box.call("vm_delete", vm=disk["vm"], force=True)
+            elif disk["vm"] is not None:
+                if box.call("vm_info", vm=disk["vm"])["state"] == "SUSPENDED":
+                    box.call("vm_stop", vm=disk["vm"], force=True)
+                box.call("disk_detach", vm=disk["vm"], disk="data")
+            box.call("disk_delete", disk="data")
+    if case.disk is not None:
+        box.call("disk_create", name="data", template=IMAGE)
 
 
 def remembered(box: ZygoteBox) -> Any:

@@ -308,7 +308,12 @@ BY_KEY: list[tuple[str, str, dict[str, Any]]] = [
     ("vm_console", "vm", {}),
     ("vm_qemu_command", "vm", {"command": "query-status"}),
     ("disk_info", "disk", {}),
+    ("disk_delete", "disk", {}),
+    ("disk_resize", "disk", {"size": "1G"}),
+    ("disk_attach", "vm", {"disk": "data"}),
+    ("disk_detach", "vm", {"disk": "data"}),
     ("network_info", "network", {}),
+    ("network_delete", "network", {}),
     ("vm_create", "network", FINE),
 ]
 
@@ -343,6 +348,11 @@ BAD_CALLS: list[tuple[str, dict[str, Any]]] = [
     *(("vm_qemu_command", {"command": "stop", "arguments": value}) for value in ([], 7, "a=b")),
     *(("vm_set", {"autostart": value}) for value in (True, "", "sometimes", 1, [])),
     *(("vm_set", {"restart": value}) for value in (False, "", "yes", "a" * 9999, {})),
+    *(("vm_set", {"protect": value}) for value in (1, "", "yes", [])),
+    *(("vm_set", {"cpus": value}) for value in (0, 256, "2", 1.5, [])),
+    *(("vm_set", {"mem_size": value}) for value in (0, -1, "", "much", 1.5, [])),
+    *(("vm_set", {"name": value}) for value in ("", "7", "a/b", "a" * 64, 7)),
+    *(("disk_attach", {"disk": value}) for value in (None, True, 1.5, [])),
     *(
         (method, {"wait": value})
         for method in ("vm_start", "vm_stop", "vm_restart", "vm_delete")

@@ -10,7 +10,17 @@ from daemon_process import Box, RpcError
 
 def limits(box: Box) -> dict[str, int]:
     """Give the bytes a second of each tap's two directions."""
-    command = ["ip", "netns", "exec", box.namespace, "nft", "list", "table", "netdev", "oscloud"]
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        box.namespace,
+        "nft",
+        "list",
+        "table",
+        "netdev",
+        "oscloud_rates",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     chains = re.findall(r"chain (\w+) \{.+?rate over ([0-9]+) (\w*)bytes/second", done.stdout, re.S)
     scale = {"": 1, "k": 1024, "m": 1 << 20}

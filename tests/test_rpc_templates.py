@@ -322,6 +322,8 @@ def test_an_address_becomes_a_template(box: Box, server: ImageServer) -> None:
     assert made["description"] == f"imported from {url}"
     assert made["os"] == "mine"
     assert files(box) == ["mine", "mine/digest", "mine/disk.qcow2", "mine/template.toml"]
+    job = last_job(box)
+    assert (job["kind"], job["step"], job["steps"]) == ("template_import", 1, 1)
     box.create("web", image="mine", mem_size="128M", disk_size="64M")
 
 

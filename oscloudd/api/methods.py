@@ -9,12 +9,16 @@ from typing import Any
 
 from oscloudd.api.caller import Caller
 from oscloudd.api.imports import build_import
+from oscloudd.api.networks import build_network
 from oscloudd.api.params import (
+    DiskCreateParams,
     DiskParams,
+    DiskResizeParams,
     EventWatchParams,
     JobListParams,
     JobParams,
     JobWaitParams,
+    NetworkCreateParams,
     NetworkParams,
     Params,
     PortAddParams,
@@ -26,6 +30,7 @@ from oscloudd.api.params import (
     TemplateParams,
     TemplateWarmParams,
     VmCreateParams,
+    VmDiskParams,
     VmLogParams,
     VmParams,
     VmQemuCommandParams,
@@ -41,9 +46,11 @@ from oscloudd.api.params import (
     check_wait,
 )
 from oscloudd.cloud.cloud import Cloud
+from oscloudd.cloud.disks import DiskRequest
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.port_specs import parse_name, parse_spec
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
+from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.guest.readiness import Sign
 from oscloudd.host.keys import check_public_key
@@ -121,19 +128,25 @@ async def _vm_rename(cloud: Cloud, params: VmRenameParams, caller: Caller) -> ob
     return await cloud.vms.rename(params.vm, params.name, _order(caller))
 
 
-async def _vm_set(cloud: Cloud, params: VmSetParams, _caller: Caller) -> object:
-    if params.autostart is None and params.restart is None and params.bandwidth is None:
-        raise InvalidArgumentError(
-            "there is nothing to set",
-            hint="give autostart, restart or bandwidth",
-            parameter="autostart",
-        )
-    return await cloud.vms.set(
-        params.vm,
+async def _vm_set(cloud: Cloud, params: VmSetParams, caller: Caller) -> object:
+    size = params.mem_size
+    if params.cpus is not None:
+        _check_cpus(params.cpus)
+    settings = VmSettings(
+        name=params.name if params.name is None else check_name(params.name),
+        cpus=params.cpus,
+        mem_size=size if size is None else parse_size(size, parameter="mem_size"),
         autostart=params.autostart,
         restart=params.restart,
+        protect=params.protect,
         bandwidth=_parse_bandwidth(params.bandwidth),
     )
+    if settings == VmSettings():
+        names = ", ".join(VmSettings.__struct_fields__)
+        raise InvalidArgumentError(
+            "there is nothing to set", hint=f"give one of: {names}", parameter="autostart"
+        )
+    return await cloud.vms.set(params.vm, settings, _order(caller))
 
 
 def _parse_bandwidth(value: int | str | None) -> int | None:
@@ -179,6 +192,25 @@ async def _port_add(cloud: Cloud, params: PortAddParams, _caller: Caller) -> obj
 
 async def _port_delete(cloud: Cloud, params: PortParams, _caller: Caller) -> object:
     return await cloud.ports.delete(parse_name(str(params.port), parameter="port"))
+
+
+async def _disk_create(cloud: Cloud, params: DiskCreateParams, caller: Caller) -> object:
+    size = None if params.size is None else parse_size(params.size, parameter="size")
+    request = DiskRequest(check_name(params.name), size, params.template)
+    return await cloud.disks.create(request, _order(caller))
+
+
+async def _disk_attach(cloud: Cloud, params: VmDiskParams, caller: Caller) -> object:
+    return await cloud.attachments.attach(params.vm, params.disk, _order(caller))
+
+
+async def _disk_detach(cloud: Cloud, params: VmDiskParams, caller: Caller) -> object:
+    return await cloud.attachments.detach(params.vm, params.disk, _order(caller))
+
+
+async def _disk_resize(cloud: Cloud, params: DiskResizeParams, caller: Caller) -> object:
+    size = parse_size(params.size, parameter="size")
+    return await cloud.attachments.resize(params.disk, size, _order(caller))
 
 
 async def _template_build(cloud: Cloud, params: TemplateJobParams, caller: Caller) -> object:
@@ -254,9 +286,21 @@ METHODS: dict[str, Method] = {
     "vm_qemu_command": Method(VmQemuCommandParams, _vm_qemu_command),
     "disk_list": Method(Params, lambda cloud, _, __: cloud.disks.list(), is_list=True),
     "disk_info": Method(DiskParams, lambda cloud, params, _: cloud.disks.info(params.disk)),
+    "disk_create": Method(DiskCreateParams, _disk_create),
+    "disk_attach": Method(VmDiskParams, _disk_attach),
+    "disk_detach": Method(VmDiskParams, _disk_detach),
+    "disk_resize": Method(DiskResizeParams, _disk_resize),
+    "disk_delete": Method(DiskParams, lambda cloud, params, _: cloud.disks.delete(params.disk)),
     "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list(), is_list=True),
     "network_info": Method(
         NetworkParams, lambda cloud, params, _: cloud.networks.info(params.network)
+    ),
+    "network_create": Method(
+        NetworkCreateParams,
+        lambda cloud, params, _: cloud.network_maker.create(build_network(params)),
+    ),
+    "network_delete": Method(
+        NetworkParams, lambda cloud, params, _: cloud.network_maker.delete(params.network)
     ),
     "port_add": Method(PortAddParams, _port_add),
     "port_list": Method(
@@ -292,12 +336,20 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         raise InvalidArgumentError(
             "password has control characters or is longer than 256", parameter="password"
         )
+    if params.disk is not None and (params.disk_size, params.image) != (None, None):
+        raise InvalidArgumentError(
+            "disk can't be given with image or disk_size: it has both",
+            hint="leave them out; to make the disk larger: oscloudctl disk-resize",
+            parameter="disk",
+        )
+    disk_size = "10G" if params.disk_size is None else params.disk_size
     return VmRequest(
         name=check_name(params.name),
         image=params.image if params.image is not None else image,
         network=params.network,
         mem_size=parse_size(params.mem_size, parameter="mem_size"),
-        disk_size=parse_size(params.disk_size, parameter="disk_size"),
+        disk_size=parse_size(disk_size, parameter="disk_size"),
+        disk=params.disk,
         cpus=params.cpus,
         ssh_keys=tuple(check_public_key(key) for key in keys),
         ip=params.ip,

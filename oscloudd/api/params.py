@@ -38,6 +38,26 @@ class DiskParams(Params, frozen=True):
     disk: Key
 
 
+class DiskCreateParams(Params, frozen=True):
+    """A new disk: of a size, on a template, or both."""
+
+    name: str
+    size: int | str | None = None
+    template: str | None = None
+
+
+class DiskResizeParams(DiskParams, frozen=True):
+    """A disk and how large it is to become."""
+
+    size: int | str
+
+
+class VmDiskParams(VmParams, frozen=True):
+    """A vm and a disk, each by id or name."""
+
+    disk: Key
+
+
 class NetworkParams(Params, frozen=True):
     """A network by id or name."""
 
@@ -60,6 +80,16 @@ class PortParams(Params, frozen=True):
     """A forwarded port by its host's side: `[ADDRESS:]HOSTPORT[/tcp|udp]`."""
 
     port: int | str
+
+
+class NetworkCreateParams(Params, frozen=True):
+    """What a new network is to be; `subnet` None is the next free one."""
+
+    name: str
+    subnet: str | None = None
+    isolated: bool = False
+    nat: bool = True
+    dns: list[str] = []
 
 
 class TemplateParams(Params, frozen=True):
@@ -105,7 +135,8 @@ class VmCreateParams(Params, frozen=True):
     image: str | None = None
     network: Key = "default"
     mem_size: int | str = "1G"
-    disk_size: int | str = "10G"
+    disk_size: int | str | None = None
+    disk: Key | None = None
     cpus: int = 1
     ssh_key: str | list[str] = []
     ip: str | None = None
@@ -125,9 +156,13 @@ class VmSetParams(VmParams, frozen=True):
     A `bandwidth` of "none" takes the limit away.
     """
 
+    name: str | None = None
+    cpus: int | None = None
+    mem_size: int | str | None = None
     autostart: Autostart | None = None
     restart: Restart | None = None
     bandwidth: int | str | None = None
+    protect: bool | None = None
 
 
 class VmStartParams(VmParams, frozen=True):

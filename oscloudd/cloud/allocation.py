@@ -34,6 +34,11 @@ def gateway_of(subnet: IPv4Network) -> IPv4Address:
     return subnet.network_address + 1
 
 
+def count_addresses(subnet: IPv4Network) -> int:
+    """Give how many guests have room beside the gateway."""
+    return subnet.num_addresses - 3
+
+
 def allocate_address(
     subnet: IPv4Network, taken: Collection[str], wanted: str | None, *, network: str
 ) -> str:
@@ -48,7 +53,7 @@ def allocate_address(
         if address not in taken:
             return address
     raise ExhaustedError(
-        f"network {network!r} has no address left in {subnet}",
+        f"network {network!r} has no address left: {subnet} has {count_addresses(subnet)} for vms",
         hint="delete a vm, or use another network",
         resource="address",
     )

@@ -13,15 +13,19 @@ import msgspec
 
 from oscloudd import __version__
 from oscloudd.cloud.changes import Changes
+from oscloudd.cloud.data_disks import DataDisks
+from oscloudd.cloud.disk_attachments import DiskAttachments
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.names import Names
+from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.ports import Ports
@@ -83,13 +87,16 @@ class Cloud:
         self.events = Events(database, self.changes)
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
+        self._firewall = Firewall(database, self.events)
         self.names = Names(config, database, self.events)
-        self.networks = Networks(config, database, self.names)
+        self.networks = Networks(config, database, self._firewall, self.names)
+        self.network_maker = NetworkMaker(database, self.networks, self.changes)
         self.ports = Ports(database, self.changes)
         self._rates = Rates(database)
-        self.disks = Disks(config, database)
         self.templates = Templates(config, database, self.jobs)
-        self._leftovers = Leftovers(config, database, self.networks, self.events)
+        self.disks = Disks(config, database, self.templates, self.jobs)
+        data_disks = DataDisks(config, database, self.templates)
+        self._leftovers = Leftovers(config, database, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,
@@ -100,6 +107,7 @@ class Cloud:
             user,
             self._accelerator,
             slots,
+            data_disks,
         )
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
@@ -128,11 +136,13 @@ class Cloud:
             first_starts,
             slots,
             suspension,
+            data_disks,
             self.ports,
             self.names,
             self._rates,
         )
         operations = Operations(database, self.jobs, steps)
+        self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
         self.power = VmPower(
             config,
             database,
@@ -154,6 +164,7 @@ class Cloud:
             operations,
             self._keeper,
             self._rates,
+            self.templates,
         )
         self.creator = VmCreator(
             config,
@@ -191,13 +202,15 @@ class Cloud:
         await self.networks.ensure_default()
         await self.ports.prepare()
         await self.names.prepare()
-        self._rates.start()
         await self._reconciler.prepare()
 
     def start(self) -> None:
         """Take hold of what runs and keep house, in the background."""
         self.creator.prepare()
         for work in (
+            self._firewall.keep(),
+            self.ports.keep(),
+            self._rates.keep(),
             self._reconciler.run(),
             self._keep_warm(),
             self._keep_house(),
@@ -215,9 +228,10 @@ class Cloud:
         await self.creator.close()
         await self.ports.close()
         await self.names.close()
-        await self._rates.close()
+        self._rates.close()
         await self._pool.close()
         await self._supervisor.close()
+        self._firewall.close()
         for chosen in (self._accelerator, self._qemu):
             chosen.cancel()
         await asyncio.gather(self._accelerator, self._qemu, return_exceptions=True)

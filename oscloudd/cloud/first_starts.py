@@ -138,6 +138,8 @@ class FirstStarts:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         for directory in (paths.disk_directory, paths.qemu_log.parent):
             directory.mkdir(parents=True, exist_ok=True)
+        if vm.is_disk_kept:  # it was there before
+            return
         if warm is not None:
             await make_clone_disk(paths.disk, warm)
             return

@@ -330,14 +330,17 @@ class Jobs:
 
     def _describe(self, row: JobRow) -> JobInfo:
         live = self._live.get(row.id) if row.state == JobState.RUNNING else None
+        steps = self._count_steps(row.kind)
         return JobInfo(
             id=row.id,
             kind=row.kind,
             target=row.target,
             vm=row.vm_id,
             state=row.state,
-            step=row.step,
-            steps=self._count_steps(row.kind),
+            step=steps
+            if row.state == JobState.DONE
+            else row.step,  # one without a list counts none
+            steps=steps,
             stage=live.stage if live else row.stage,
             message=live.message if live else row.message,
             fraction=live.fraction if live else None,

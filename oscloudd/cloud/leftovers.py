@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.given_ids import GivenIds, read_given_ids, set_aside
-from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
+from oscloudd.host.network.bridges import remove_bridge
 from oscloudd.host.network.links import (
     Tap,
     find_tap_holders,
@@ -60,6 +61,7 @@ class _Seen:
     deleted: list[Traces]
     strangers: list[Stranger]
     neighbours: list[_Neighbour]
+    bridges: list[str]  # of networks that were deleted here
     is_foreign_here: bool
 
 
@@ -67,11 +69,11 @@ class Leftovers:
     """Sweeps them out; remembers what it has told of."""
 
     def __init__(
-        self, config: Config, database: Database, networks: Networks, events: Events
+        self, config: Config, database: Database, firewall: Firewall, events: Events
     ) -> None:
         self._config = config
         self._database = database
-        self._networks = networks
+        self._firewall = firewall
         self._events = events
         self._told: set[Stranger] = set()
 
@@ -100,6 +102,7 @@ class Leftovers:
         # A vm of another database may be reached by them.
         if not seen.is_foreign_here:
             await self._go_on("neighbours", self._forget_neighbours(seen.neighbours))
+            await self._go_on("bridges", self._remove_bridges(seen.bridges))
             await self._go_on("firewall", self._forget_networks())
         self._told &= set(seen.strangers)
         for stranger in seen.strangers:
@@ -132,6 +135,7 @@ class Leftovers:
                 *taps,
             ],
             neighbours=neighbours,
+            bridges=[name for name in bridges if name not in rows.bridges],
             is_foreign_here=bool(taps) or any(traces.processes for traces in foreign),
         )
 
@@ -160,8 +164,16 @@ class Leftovers:
                 f" forgotten: {', '.join(removed)}",
             )
 
+    async def _remove_bridges(self, bridges: list[str]) -> None:
+        for name in bridges:
+            await remove_bridge(name)
+        if bridges:
+            await self._warn(
+                "bridges", f"bridges of ours that no network has are removed: {', '.join(bridges)}"
+            )
+
     async def _forget_networks(self) -> None:
-        removed = await self._networks.forget_gone()
+        removed = await self._firewall.forget_gone()
         if removed:
             await self._warn(
                 "firewall",
@@ -188,12 +200,18 @@ class _Rows:
     vms: GivenIds
     disks: GivenIds
     taps: frozenset[str]
+    bridges: frozenset[str]
 
 
 def _read_rows() -> _Rows:
     taps = Vm.select(Vm.tap_interface_idx).tuples()
-    names = frozenset(f"osctap{index}" for (index,) in taps)
-    return _Rows(read_given_ids(Vm), read_given_ids(Disk), names)
+    bridges = Network.select(Network.bridge_interface_idx).tuples()
+    return _Rows(
+        read_given_ids(Vm),
+        read_given_ids(Disk),
+        frozenset(f"osctap{index}" for (index,) in taps),
+        frozenset(f"oscbr{index}" for (index,) in bridges),
+    )
 
 
 def _delete_unclaimed(neighbours: list[_Neighbour]) -> list[str]:

@@ -5,13 +5,14 @@ A network whose row names servers of its own has none: its guests ask those.
 
 import asyncio
 import logging
+from contextlib import suppress
 from ipaddress import IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
-from oscloudd.errors import CloudError
+from oscloudd.errors import CloudError, NotFoundError
 from oscloudd.guest.identity import hostname_of
 from oscloudd.host.network.name_server import (
     NameServer,
@@ -47,9 +48,9 @@ class Names:
         self._answered: dict[str, asyncio.Event] = {}
         self.is_available = is_installed()
 
-    def server(self, bridge: str, subnet: IPv4Network) -> NameServer:
+    def server(self, bridge: str, subnet: IPv4Network, *, isolated: bool = False) -> NameServer:
         """Give where a network's name server is."""
-        return NameServer(bridge, gateway_of(subnet), self._directory / bridge)
+        return NameServer(bridge, gateway_of(subnet), self._directory / bridge, isolated)
 
     async def prepare(self) -> None:
         """Write down the names of all vms, and serve where vms run; forget who is gone."""
@@ -61,15 +62,13 @@ class Names:
         for vm in vms:
             self.publish(vm)
         running = {vm.network_id for vm in vms if vm.is_process_alive()}
-        for bridge, subnet, is_own in await self._database.run(lambda: _read_networks(running)):
-            if not is_own:
-                self._keep(self.server(bridge, subnet))
+        for bridge, subnet, isolated in await self._database.run(lambda: _read_networks(running)):
+            self._keep(self.server(bridge, subnet, isolated=isolated))
 
-    async def serve(self, bridge: str, subnet: IPv4Network) -> None:
+    async def serve(self, bridge: str, subnet: IPv4Network, *, isolated: bool) -> None:
         """Have a network's name server answer, or be tried again and again behind our back."""
         if self.is_available:
-            server = self.server(bridge, subnet)
-            self._keep(server)
+            self._keep(self.server(bridge, subnet, isolated=isolated))
             await self._answered[bridge].wait()
 
     def publish(self, vm: VmRecord) -> None:
@@ -92,9 +91,16 @@ class Names:
             return
         running = {vm.bridge for vm in vms if vm.is_process_alive()}
         for server in self._servers.values():
-            identity = find_name_server(server)
-            if identity is not None and server.bridge not in running:
-                await end_session(open_process(identity))
+            if server.bridge not in running:
+                await _end(server)
+
+    async def end(self, bridge: str) -> None:
+        """End the name server of a network that is being deleted; may be called again."""
+        keeping = self._keeping.pop(bridge, None)
+        if keeping is not None:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+            await _end(self._servers.pop(bridge))
 
     def find_troubles(self) -> list[str]:
         """Give what is wrong with the name servers that should answer."""
@@ -154,12 +160,19 @@ class Names:
             process.close()
 
 
+async def _end(server: NameServer) -> None:
+    identity = find_name_server(server)
+    if identity is not None:
+        with suppress(NotFoundError):
+            await end_session(open_process(identity))
+
+
 def _read_networks(running: set[int]) -> list[tuple[str, IPv4Network, bool]]:
-    """Give bridge and subnet of these networks, and whether they name servers of their own."""
+    """Give bridge and subnet of these networks if they name no servers, and whether isolated."""
     rows = Network.select(
-        Network.bridge_interface_idx, Network.ip, Network.mask, Network.dns
-    ).where(Network.id.in_(running))
+        Network.bridge_interface_idx, Network.ip, Network.mask, Network.isolated
+    ).where(Network.id.in_(running), Network.dns == "")
     return [
-        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(dns))
-        for index, ip, mask, dns in rows.tuples()
+        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(isolated))
+        for index, ip, mask, isolated in rows.tuples()
     ]

@@ -8,23 +8,21 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
-from peewee import fn
 
-from oscloudd.cloud.allocation import gateway_of
+from oscloudd.cloud.allocation import count_addresses, gateway_of
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.names import Names
+from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
-from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import (
-    GuestNetwork,
-    apply_ruleset,
-    ensure_forwarding,
-    find_ruleset_bridges,
-)
+from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
+from oscloudd.host.network.firewall import ensure_forwarding
+from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database
@@ -44,6 +42,8 @@ class NetworkRecord:
     subnet: IPv4Network
     bridge_index: int
     dns: tuple[str, ...]
+    isolated: bool
+    nat: bool
     created_at: float
 
     @property
@@ -66,9 +66,14 @@ class NetworkInfo(msgspec.Struct, frozen=True):
     gateway: str
     mask: int
     bridge: str
+    isolated: bool
+    nat: bool
     dns: list[str]
     addresses_used: int
+    addresses_free: int
     vms: list[str]
+    addresses: list[str]  # of `vms`, in their order
+    rules: list[str]  # what the firewall says, in words
     created_at: float
 
 
@@ -90,22 +95,22 @@ def _record(row: Network) -> NetworkRecord:
         subnet=IPv4Network(f"{row.ip}/{row.mask}"),
         bridge_index=row.bridge_interface_idx,
         dns=tuple(row.dns.split()),
+        isolated=row.isolated,
+        nat=row.nat,
         created_at=row.created_at,
     )
-
-
-def _read_guest_networks() -> list[GuestNetwork]:
-    records = [_record(row) for row in Network.select()]
-    return [GuestNetwork(record.bridge, record.subnet) for record in records]
 
 
 class Networks:
     """All networks of this cloud and their bridges on this host."""
 
-    def __init__(self, config: Config, database: Database, names: Names) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, database: Database, firewall: Firewall, names: Names
+    ) -> None:
         self._names = names
+        self._config = config
         self._database = database
+        self._firewall = firewall
         self._host = asyncio.Lock()
         self._known_up: set[int] = set()
         self._checked: dict[int, float] = {}
@@ -151,26 +156,51 @@ class Networks:
             await ensure_bridge(bridge)
             if network.id not in self._known_up:
                 await asyncio.to_thread(ensure_forwarding)
-                await apply_ruleset(await self._database.run(_read_guest_networks))
+                await self._firewall.apply()
                 self._known_up.add(network.id)
             if not network.dns:
-                await self._names.serve(network.bridge, network.subnet)
+                await self._names.serve(network.bridge, network.subnet, isolated=network.isolated)
             self._checked[network.id] = now
 
-    async def forget_gone(self) -> list[str]:
-        """Take networks that have no row out of the firewall, and give their bridges."""
+    async def admit(self, vm: VmRecord) -> None:
+        """Have a vm's addresses known on the host, and allowed to come from its tap."""
+        # The kernel asks for an address it does not know once a second only, and a booting guest
+        # misses most of that; and an address that is fixed can't be taken over by another guest.
+        set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
+        await self._firewall.admit(vm)
+
+    async def expel(self, vm: VmRecord) -> None:
+        """Forget what `admit` said of a vm that is being deleted."""
+        delete_neighbour(vm.bridge, IPv4Address(vm.ip))
+        await self._firewall.expel(vm)
+
+    async def take_down(self, forget: Callable[[], int]) -> NetworkRecord:
+        """Remove the bridge and the rules of a network.
+
+        `forget` takes its row away in a transaction, or refuses to; it gives the network's id.
+        """
+
+        def take_row() -> NetworkRecord:
+            records = {row.id: _record(row) for row in Network.select()}
+            return records[forget()]
+
+        # A network that is made meanwhile gets another bridge: this one's name is still taken.
         async with self._host:
-            there = await find_ruleset_bridges()
-            networks = await self._database.run(_read_guest_networks)
-            gone = (there or set()) - {network.bridge for network in networks}
-            if gone:
-                await apply_ruleset(networks)
-            return sorted(gone)
+            network = await self._database.run(take_row)
+            self._checked.pop(network.id, None)
+            await self._names.end(network.bridge)
+            await remove_bridge(network.bridge)
+            if network.id in self._known_up:
+                self._known_up.remove(network.id)
+                await self._firewall.apply()
+            return network
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
-        """Give the name servers its guests are told."""
+        """Give the name servers its guests are told; isolated ones reach none but their own."""
         if network.dns or self._names.is_available:
             return network.dns or (network.gateway,)
+        if network.isolated:
+            return ()
         return tuple(str(address) for address in host_resolvers())
 
     async def list(self) -> list[NetworkInfo]:
@@ -184,8 +214,8 @@ class Networks:
         return await self._database.run(lambda: self._describe(read_network(key)))
 
     def _describe(self, network: NetworkRecord) -> NetworkInfo:
-        names = Vm.select(Vm.name).where(Vm.network == network.id).order_by(Vm.id).tuples()
-        used = Vm.select(fn.COUNT(Vm.id)).where(Vm.network == network.id).scalar()
+        query = Vm.select(Vm.name, Vm.ip).where(Vm.network == network.id).order_by(Vm.id)
+        vms = list(query.tuples())
         return NetworkInfo(
             id=network.id,
             name=network.name,
@@ -193,8 +223,28 @@ class Networks:
             gateway=network.gateway,
             mask=network.subnet.prefixlen,
             bridge=network.bridge,
+            isolated=network.isolated,
+            nat=network.nat,
             dns=list(self.resolvers(network)),
-            addresses_used=int(used),
-            vms=[name for (name,) in names],
+            addresses_used=len(vms),
+            addresses_free=count_addresses(network.subnet) - len(vms),
+            vms=[name for name, _ in vms],
+            addresses=[ip for _, ip in vms],
+            rules=_describe_rules(network),
             created_at=network.created_at,
         )
+
+
+def _describe_rules(network: NetworkRecord) -> list[str]:
+    if network.isolated:
+        outside = "guests reach nothing outside, and nothing there reaches them"
+    elif network.nat:
+        outside = "guests reach the outside behind the host's address; only answers come back"
+    else:
+        outside = "guests reach the outside under their own addresses, and are reached at them"
+    return [
+        "a guest sends with its own MAC and addresses only",
+        f"guests reach each other, and of the host ping, DNS and DHCP at {network.gateway}",
+        "guests and those of other networks don't reach each other",
+        outside,
+    ]

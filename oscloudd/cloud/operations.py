@@ -46,10 +46,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Operation:
-    """Steps in their order, and what is done when one fails or is cancelled."""
+    """Steps in their order, and what is done when one fails or is cancelled.
+
+    `owns_state`: they write down what becomes of the vm's qemu, and nobody else does meanwhile.
+    """
 
     steps: tuple[Step, ...]
     undo: Callable[[VmSteps, Job, BaseException], Awaitable[None]]
+    owns_state: bool = True
 
 
 async def _leave(_steps: VmSteps, _job: Job, _error: BaseException) -> None:
@@ -70,6 +74,10 @@ _BETWEEN = Step(VmSteps.between, "clearing up")
 _FILES = Step(VmSteps.files, "removing disk and logs")
 _ROWS = Step(VmSteps.rows, "forgetting it")
 _NAME = Step(VmSteps.name, "renaming")
+_PLUGGING = Step(VmSteps.plugging, "plugging the disk in")
+_UNPLUGGING = Step(VmSteps.unplugging, "waiting for the guest to let go", cancellable=True)
+_DETACHED = Step(VmSteps.detached, "forgetting that it had the disk")
+_GROWING = Step(VmSteps.growing, "making the disk larger")
 
 OPERATIONS: dict[str, Operation] = {
     "vm_create": Operation(
@@ -83,6 +91,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "vm_delete": Operation((_STOPPING, _FILES, _ROWS), VmSteps.undo_delete),
     "vm_rename": Operation((_NAME,), _leave),
+    "disk_attach": Operation((_PLUGGING,), VmSteps.undo_attach, owns_state=False),
+    "disk_detach": Operation((_UNPLUGGING, _DETACHED), VmSteps.undo_detach, owns_state=False),
+    "disk_resize": Operation((_GROWING,), VmSteps.undo_resize, owns_state=False),
 }
 
 

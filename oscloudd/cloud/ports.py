@@ -20,10 +20,11 @@ from oscloudd.cloud.events import EventKind, insert_event
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.port_specs import HostPort, PortName, PortSpec
 from oscloudd.cloud.states import VmState
+from oscloudd.cloud.table_keeping import keep_table
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.errors import CloudError, InUseError, InvalidArgumentError, InvalidStateError
+from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.port_rules import EVERYWHERE, TABLE, Forward, apply_forwards
-from oscloudd.host.network.table_watch import TableWatch
 from oscloudd.host.ports import find_port_holder, hold_port
 from oscloudd.store.database import Database
 from oscloudd.store.models import Network, Port, Vm
@@ -53,14 +54,14 @@ class Ports:
         self._held: dict[HostPort, socket.socket | None] = {}
         self._reserving = asyncio.Lock()
         self._applying = asyncio.Lock()
-        self._watch = TableWatch(socket.AF_INET, TABLE.split()[1], self._put_back)
+        self._rules = TableEvents(TABLE.split()[1])
 
     def host_ports(self) -> set[int]:
         """Give the ports that no serial line may have."""
         return {held.port for held in self._held if held.protocol == "tcp"}
 
     async def prepare(self) -> None:
-        """Take the ports of the vms there are, and watch over the rules."""
+        """Take the ports of the vms there are."""
         for info in await self.list():
             host = _host_port(info)
             try:
@@ -68,11 +69,10 @@ class Ports:
             except CloudError as error:
                 _log.warning("port %s of vm %s: %s", host, info.vm, error.message)
                 self._held[host] = None
-        self._watch.start()
 
     async def close(self) -> None:
         """Let go of the ports; what is forwarded stays so."""
-        await self._watch.close()
+        self._rules.close()
         for held in self._held.values():
             if held is not None:
                 held.close()
@@ -82,7 +82,12 @@ class Ports:
         """Make the host's rules like the rows; may be called at any time."""
         async with self._applying:
             forwards, bridges = await self._database.run_when_available(_read_forwards)
-            await apply_forwards(forwards, bridges)
+            with self._rules.own_change():
+                await apply_forwards(forwards, bridges)
+
+    async def keep(self) -> None:
+        """Put the rules back whenever somebody else has changed them, until cancelled."""
+        await keep_table("the table of forwarded ports", self._rules, self._put_back)
 
     @asynccontextmanager
     async def reserving(self, specs: Sequence[PortSpec]) -> AsyncIterator[None]:

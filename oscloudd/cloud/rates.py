@@ -3,9 +3,10 @@
 import asyncio
 import logging
 
+from oscloudd.cloud.table_keeping import keep_table
 from oscloudd.host.network.links import numbers_in_use
-from oscloudd.host.network.rates import FAMILY, TABLE, apply_rates
-from oscloudd.host.network.table_watch import TableWatch
+from oscloudd.host.network.nft_events import TableEvents
+from oscloudd.host.network.rates import TABLE, apply_rates
 from oscloudd.store.database import Database
 from oscloudd.store.models import Vm
 
@@ -19,15 +20,11 @@ class Rates:
         self._database = database
         self._applying = asyncio.Lock()
         self._applied: dict[str, int] = {}
-        self._watch = TableWatch(FAMILY, TABLE.split()[1], self._put_back)
+        self._changes = TableEvents(TABLE.split()[1])
 
-    def start(self) -> None:
-        """Watch over the limits."""
-        self._watch.start()
-
-    async def close(self) -> None:
-        """Watch no more; the limits stay."""
-        await self._watch.close()
+    def close(self) -> None:
+        """Let go of the limits; they stay as they are."""
+        self._changes.close()
 
     async def sync(self, *, going_tap: int | None = None) -> None:
         """Make the limits of the taps there are like the rows; may be called at any time.
@@ -38,7 +35,12 @@ class Rates:
             rates = await self._database.run_when_available(_read_rates)
             there = numbers_in_use("osctap") - {going_tap}
             self._applied = {f"osctap{tap}": rate for tap, rate in rates if tap in there}
-            await apply_rates(self._applied)
+            with self._changes.own_change():
+                await apply_rates(self._applied)
+
+    async def keep(self) -> None:
+        """Put the limits back whenever somebody else has changed them, until cancelled."""
+        await keep_table("the table of bandwidths", self._changes, self._put_back)
 
     async def _put_back(self) -> None:
         if self._applied:

@@ -11,6 +11,8 @@ import logging
 
 import msgspec
 
+from oscloudd.cloud.disk_records import detach_disk
+from oscloudd.cloud.disks import forget_interrupted
 from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, running_jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
@@ -83,8 +85,10 @@ class Reconciler:
             elif row.kind in OPERATIONS:
                 jobs.setdefault(row.vm_id, []).append(row)
             else:
+                forget_interrupted(row)
                 finish_job(row.id, JobState.FAILED, "the daemon ended before it", "unavailable")
         vms = read_vms()
+        _end_without_qemus(vms, jobs)
         last = Meta.get_or_none(Meta.name == _BOOT)
         is_new_boot = (last is not None and last.value != boot) or any(
             vm.boot_id not in (None, boot) for vm in vms
@@ -136,11 +140,12 @@ class Reconciler:
         lock = self._operations.lock(vm_id)
         jobs = self._jobs.get(vm_id, [])
         holding = [row for row in jobs if self._operations.holds_vm(row)]
+        owning = [row for row in holding if OPERATIONS[row.kind].owns_state]
         is_lock_ours = True
         try:
             vm = await self._states.find(vm_id)
             if vm is not None:
-                await self._judge_in_time(vm, is_busy=bool(holding))
+                await self._judge_in_time(vm, is_busy=bool(owning))
             for row in jobs:
                 if row in holding[:1]:
                     is_lock_ours = False
@@ -150,7 +155,7 @@ class Reconciler:
         finally:
             if is_lock_ours:
                 lock.release()
-        if not jobs:
+        if not any(OPERATIONS[row.kind].owns_state for row in jobs):
             self._keeper.consider(vm_id)
 
     async def _judge_in_time(self, vm: VmRecord, *, is_busy: bool) -> None:
@@ -190,6 +195,30 @@ class Reconciler:
         except NotFoundError:
             return False
         return True
+
+
+def _end_without_qemus(vms: list[VmRecord], jobs: dict[int, list[JobRow]]) -> None:
+    """End what was being done to the disks of machines that are no more; take it out of `jobs`."""
+    for vm in vms:
+        if vm.id in jobs and not vm.is_process_alive():
+            rows = jobs.pop(vm.id)
+            for row in rows:
+                if not OPERATIONS[row.kind].owns_state:
+                    _end_disk_job(row)
+            if left := [row for row in rows if OPERATIONS[row.kind].owns_state]:
+                jobs[vm.id] = left
+
+
+def _end_disk_job(row: JobRow) -> None:
+    # The rows say what the next machine gets, but for a disk that the guest was to let go of.
+    params = msgspec.json.decode(row.params)
+    undoing = params.get("undoing")
+    if row.kind == ("disk_detach" if undoing is None else "disk_attach"):
+        detach_disk(params["disk"], row.vm_id)
+    if undoing is None:
+        finish_job(row.id, JobState.DONE)
+    else:
+        finish_job(row.id, JobState.FAILED, undoing["message"], undoing["kind"])
 
 
 def _write_ended(vm: VmRecord, boot: str) -> None:

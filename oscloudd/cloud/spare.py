@@ -36,7 +36,7 @@ from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.monitor import OnEvent
 from oscloudd.machine.qemu import Qemu
-from oscloudd.machine.warm import restore_or_end, restoring
+from oscloudd.machine.warm import ended_on_failure, restore_or_end
 from oscloudd.store.database import Database
 from oscloudd.store.models import Vm
 
@@ -168,7 +168,7 @@ def _remove_all(config: Config) -> None:
 
 async def _rehearse(qemu: Qemu) -> None:
     """Have the guest greet itself once, and stand still again; ends qemu and raises HostError."""
-    async with restoring(qemu, "a spare clone"):
+    async with ended_on_failure(qemu, "a spare clone can't be restored"):
         with qemu.open_channel() as channel:
             await qemu.resume()
             rehearse = partial(rehearse_clone, channel, seconds=_REHEARSAL_SECONDS)

@@ -30,6 +30,9 @@ SEEN_STATES = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.UNRESPONSIVE})
 # Nothing runs, and `vm_start` may begin.
 DOWN_STATES = frozenset({VmState.STOPPED, VmState.SUSPENDED, VmState.CRASHED, VmState.ERROR})
 
+# Nothing runs, and no memory is saved that goes with the machine and its disks as they are.
+OFF_STATES = DOWN_STATES - {VmState.SUSPENDED}
+
 
 class WantedState(StrEnum):
     """What the user asked for last."""

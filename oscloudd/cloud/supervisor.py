@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv4Address
 from typing import Any
 
 import msgspec
 
 from oscloudd.cloud.boot import Boot
+from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
@@ -32,7 +32,7 @@ from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.warm_files import WarmStart, frozen_disk
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
-from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
+from oscloudd.host.network.bridge_ports import guard_port
 from oscloudd.host.network.taps import join_tap, open_tap
 from oscloudd.host.processes import find_processes_in
 from oscloudd.host.scopes import VmScope, ensure_scope
@@ -45,7 +45,7 @@ from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.suspend import restore_whole, transfer_seconds
-from oscloudd.machine.warm import resize_disk, restore_or_end, restoring
+from oscloudd.machine.warm import ended_on_failure, resize_disk, restore_or_end
 from oscloudd.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Supervisor:
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
         slots: StartSlots,
+        disks: DataDisks,
     ) -> None:
         self._config = config
         self._database = database
@@ -82,6 +83,7 @@ class Supervisor:
         self._templates = templates
         self._user = user
         self._accelerator = accelerator
+        self._disks = disks
         self._held: dict[int, Held] = {}
         self._boot = Boot(config, states, slots)
         self._heartbeat = Heartbeat(config, states, self._attend_again)
@@ -138,9 +140,10 @@ class Supervisor:
         """
         template = self._templates.get_ready(vm.template)
         accelerator = await asyncio.shield(self._accelerator)
-        self._remember_neighbour(vm)
+        await self._networks.admit(vm)
         tap_fd = open_tap(vm.tap, vm.bridge)
         try:
+            guard_port(vm.tap, vm.mac)
             spec = machine_spec(vm, template, accelerator.name, self._config.qemu.binary)
             spec = replace(
                 spec,
@@ -157,13 +160,15 @@ class Supervisor:
             held.timings["spawn"] = time.monotonic() - began
         finally:
             os.close(tap_fd)
-        if warm is not None:
+        if warm is None:
+            await self._disks.equip(vm, held.qemu)
+        else:
             began = time.monotonic()
             await restore_or_end(held.qemu, warm.state, vm.disk_size)
             held.timings["restore"] = time.monotonic() - began
         if saved is not None:
             began, limit = time.monotonic(), transfer_seconds(vm.mem_size)
-            async with restoring(held.qemu, "its saved memory"):
+            async with ended_on_failure(held.qemu, "its saved memory can't be restored"):
                 await restore_whole(held.qemu, saved.descriptor, timeout_seconds=limit)
             held.timings["restore"] = time.monotonic() - began
         started = vm.started if saved is not None else "cold" if warm is None else "warm"
@@ -182,8 +187,9 @@ class Supervisor:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         await spare.hand_over(paths, self._on_event(held))
         await resize_disk(spare.qemu, vm.disk_size, timeout_seconds=ADOPTION_SECONDS)
-        self._remember_neighbour(vm)
+        await self._networks.admit(vm)
         join_tap(vm.tap, vm.bridge)
+        guard_port(vm.tap, vm.mac)
         await ensure_scope(spare.qemu.identity.pid, scope_of(vm))
         held.timings["take"] = time.monotonic() - began
         identity = spare.qemu.identity
@@ -338,9 +344,9 @@ class Supervisor:
             held.is_late = True
         await self._states.see(vm.id, state, reason)
 
-    def forget_neighbour(self, vm: VmRecord) -> None:
-        """Take the vm's address out of the host's neighbour table, before another vm gets it."""
-        delete_neighbour(vm.bridge, IPv4Address(vm.ip))
+    async def expel(self, vm: VmRecord) -> None:
+        """Forget the addresses of a vm that is being deleted."""
+        await self._networks.expel(vm)
 
     async def close(self) -> None:
         """Let go of every qemu; all of them run on."""
@@ -362,7 +368,8 @@ class Supervisor:
     async def _see_adopted(self, vm: VmRecord, held: Held, *, see: bool) -> None:
         # The bridge and its rules first: the guest has been using them all the while.
         await self._networks.ensure_up(await self._network_of(vm), checked_within_seconds=5.0)
-        self._remember_neighbour(vm)
+        await self._networks.admit(vm)
+        guard_port(vm.tap, vm.mac)
         status = await held.qemu.status(timeout_seconds=ADOPTION_SECONDS)
         if see:
             if status == "prelaunch":
@@ -422,11 +429,6 @@ class Supervisor:
 
     async def _network_of(self, vm: VmRecord) -> NetworkRecord:
         return await self._database.run_when_available(lambda: read_network(vm.network_id))
-
-    def _remember_neighbour(self, vm: VmRecord) -> None:
-        # The kernel asks for an address it does not know once a second only, and a booting guest
-        # misses most of that; and an address that is fixed can't be taken over by another guest.
-        set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
 
     def _files(self, vm: VmRecord, template: ReadyTemplate, warm: WarmStart | None) -> MachineFiles:
         paths = vm_paths(self._config, vm.id, vm.disk_id)

@@ -310,7 +310,7 @@ def _take_away(name: str, path: Path, removing: Path) -> None:
     if disks:
         raise InUseError(
             f"disks stand on template {name!r}: {', '.join(disks)}",
-            hint="delete their vms first: oscloudctl vm-list, oscloudctl vm-delete",
+            hint="delete them, or the vms they go with: see oscloudctl disk-list",
             disks=disks,
         )
     running = JobRow.select().where(JobRow.state == JobState.RUNNING, JobRow.target == name)

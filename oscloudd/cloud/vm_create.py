@@ -6,7 +6,7 @@ What is then done, step by step, is in `operations`; whatever fails on the way, 
 import asyncio
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -18,6 +18,8 @@ from oscloudd.cloud.allocation import (
     first_free_serial_port,
     mac_of,
 )
+from oscloudd.cloud.disk_records import check_can_boot, read_disk
+from oscloudd.cloud.disk_sizes import check_room
 from oscloudd.cloud.job_rows import insert_job
 from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
@@ -39,7 +41,6 @@ from oscloudd.config import Config
 from oscloudd.errors import (
     AlreadyExistsError,
     CloudError,
-    ExhaustedError,
     InvalidArgumentError,
     InvalidStateError,
     UnavailableError,
@@ -49,7 +50,6 @@ from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.keys import HostKey, HostKeys
 from oscloudd.host.network.links import numbers_in_use, permanent_addresses
 from oscloudd.host.passwords import hash_password
-from oscloudd.host.resources import disk_free_bytes
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
 from oscloudd.store.models import Job as JobRow
@@ -68,6 +68,7 @@ class VmRequest:
     network: str | int
     mem_size: int
     disk_size: int
+    disk: str | int | None
     cpus: int
     ssh_keys: tuple[str, ...]
     ip: str | None
@@ -121,6 +122,8 @@ class VmCreator:
         With "none" that is at once, and the answer is the job; its template has to be there then.
         Else one that is declared only is made first.
         """
+        if request.disk is not None:
+            request = await self._on_disk(request, request.disk)
         template = await self._get_template(request, order)
         self._check_fits(request, template)
         warm = await self._find_warm(request, template)
@@ -140,6 +143,24 @@ class VmCreator:
         else:
             await asyncio.shield(task)
         return describe(await self._database.run(lambda: read_vm(row.vm_id)))
+
+    async def _on_disk(self, request: VmRequest, key: int | str) -> VmRequest:
+        """Have what a vm is to be follow from the disk that it is to begin on; it boots."""
+        disk = await self._database.run(lambda: read_disk(key))
+        if disk.template is None:
+            raise InvalidStateError(
+                f"disk {disk.name!r} was made empty: there is nothing on it to boot",
+                hint="make one that has a system: oscloudctl disk-create NAME --template "
+                f"{self._config.guest.default_image}; or attach this one to a vm: oscloudctl "
+                f"disk-attach VM {disk.name}",
+            )
+        if request.warm == "only":
+            raise InvalidArgumentError(
+                "a vm on a disk of its own can't begin warm",
+                hint="leave warm out",
+                parameter="warm",
+            )
+        return replace(request, disk=disk.id, image=disk.template, disk_size=disk.size, warm="off")
 
     async def _get_template(self, request: VmRequest, order: Order) -> ReadyTemplate:
         """Give the template, made first if need be; nobody waits for one to be refused then."""
@@ -175,6 +196,8 @@ class VmCreator:
 
     def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
         _check_suits(request, template.declaration)
+        if request.disk is not None:
+            return
         least = virtual_size_bytes(template.image, template.declaration.image.format)
         if request.disk_size < least:
             raise InvalidArgumentError(
@@ -182,17 +205,7 @@ class VmCreator:
                 hint=f"give it at least {least} bytes",
                 parameter="disk_size",
             )
-        free = disk_free_bytes(self._config.state_path)
-        least = self._config.limits.min_free_disk_bytes()
-        if free < least:
-            raise ExhaustedError(
-                f"{self._config.state_path} has {format_size(free)} free: a new vm needs "
-                f"{format_size(least)} to begin with",
-                hint="free some space, or lower [limits] min_free_disk in oscloud.toml",
-                resource="disk",
-                free=free,
-                wanted=least,
-            )
+        check_room(self._config, "vm")
 
     async def _insert(
         self,
@@ -256,18 +269,23 @@ class VmCreator:
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         now = time.time()
-        disk = Disk.create(
-            # Not the vm's name alone: that may be given to another once this vm is renamed.
-            name=f"{request.name[:54]}-{unique.hex[:8]}",
-            size=request.disk_size,
-            template_name=template.name,
-            warm_image=None if warm is None else warm.name,
-            created_at=now,
-        )
+        if request.disk is not None:
+            there = read_disk(request.disk)
+            check_can_boot(there, takes_identity_once=by_serial)
+            disk_id = there.id
+        else:
+            disk_id = Disk.create(
+                # Not the vm's name alone: that may be given to another once this vm is renamed.
+                name=f"{request.name[:54]}-{unique.hex[:8]}",
+                size=request.disk_size,
+                template_name=template.name,
+                warm_image=None if warm is None else warm.name,
+                created_at=now,
+            ).id
         vm = Vm.create(
             name=request.name,
             uuid=str(unique),
-            disk=disk,
+            disk=disk_id,
             network=network.id,
             mem_size=request.mem_size,
             cpus=request.cpus,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from oscloudd.config import Config
 
+_DISK = "disk.qcow2"
+
 
 @dataclass(frozen=True)
 class VmPaths:
@@ -23,7 +25,7 @@ class VmPaths:
     @property
     def disk(self) -> Path:
         """The overlay the vm writes to."""
-        return self.disk_directory / "disk.qcow2"
+        return self.disk_directory / _DISK
 
     @property
     def seed(self) -> Path:
@@ -35,9 +37,13 @@ class VmPaths:
         """The directory of the saved memory of a vm that is suspended."""
         return self.disk_directory / "suspended"
 
-    def remove(self) -> None:
-        """Remove all of them; those that are gone already are no error."""
-        for directory in (self.run_directory, self.disk_directory):
+    def remove(self, *, keeps_disk: bool = False) -> None:
+        """Remove all of them, the disk itself perhaps not; those that are gone are no error."""
+        left = [self.disk_directory]
+        if keeps_disk:
+            self.seed.unlink(missing_ok=True)
+            left = [self.suspended]
+        for directory in (self.run_directory, *left):
             if directory.exists():
                 shutil.rmtree(directory)
         for log in self.qemu_log, self.console_log:
@@ -47,6 +53,11 @@ class VmPaths:
 def disk_directory(config: Config, disk_id: int) -> Path:
     """Give the directory of a disk."""
     return config.state_path / "disks" / str(disk_id)
+
+
+def disk_file(config: Config, disk_id: int) -> Path:
+    """Give the image of a disk."""
+    return disk_directory(config, disk_id) / _DISK
 
 
 def vm_paths(config: Config, vm_id: int, disk_id: int) -> VmPaths:

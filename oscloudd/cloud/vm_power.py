@@ -118,10 +118,12 @@ class VmPower:
     ) -> VmDeleted | JobInfo:
         """Stop a vm and remove it with its disk: there is no way back."""
         vm = await self._get(key)
+        _check_not_protected(vm)
         if force:
             self._hurry(vm)
 
         def decide(vm: VmRecord) -> dict[str, Any]:
+            _check_not_protected(vm)
             if vm.state not in (*DOWN_STATES, VmState.CREATING, VmState.DELETING):
                 self._check_can_end(vm, "deleted", force=force)
             return begin_end(
@@ -258,6 +260,15 @@ def begin_end(
         "wanted": vm.wanted_state,
         "paused": vm.state == VmState.PAUSED,
     }
+
+
+def _check_not_protected(vm: VmRecord) -> None:
+    if vm.protect:
+        raise InvalidStateError(
+            f"vm {vm.name!r} can't be deleted: it is protected",
+            hint=f"lift that first: oscloudctl vm-set --protect no {vm.name}",
+            state=vm.state,
+        )
 
 
 def refuse(vm: VmRecord, verb: str, hint: str) -> NoReturn:

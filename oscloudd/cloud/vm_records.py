@@ -58,6 +58,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     serial_port: int
     autostart: str
     restart: str
+    protect: bool
     created_at: float
     owner_uid: int
     uuid: str
@@ -78,6 +79,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     disk_size: int
     template: str
     warm_image: str | None
+    is_disk_kept: int  # 0 or 1, as SQLite has it; so are all that say whether
     network_id: int
     network: str
     network_ip: str
@@ -92,7 +94,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     state: str
     wanted_state: str
     reason: str
-    ready: int  # 0 or 1, as SQLite has it; so is `identified`
+    ready: int
     started: str
     started_at: float | None
     accelerator: str
@@ -104,6 +106,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     owner_uid: int
     autostart: str
     restart: str
+    protect: int
     timings: str
     created_at: float
     ports: str | None  # forwarded ones, with commas between
@@ -139,6 +142,7 @@ _COLUMNS = (
     Disk.size,
     Disk.template_name,
     Disk.warm_image,
+    Disk.is_kept,
     Network.id,
     Network.name,
     Network.ip,
@@ -165,6 +169,7 @@ _COLUMNS = (
     Vm.owner_uid,
     Vm.autostart,
     Vm.restart,
+    Vm.protect,
     Vm.timings,
     Vm.created_at,
     Port.select(fn.GROUP_CONCAT(Port.spec)).where(Port.vm == Vm.id),
@@ -230,6 +235,7 @@ def describe(vm: VmRecord) -> VmInfo:
         serial_port=vm.serial_port,
         autostart=vm.autostart,
         restart=vm.restart,
+        protect=bool(vm.protect),
         created_at=vm.created_at,
         owner_uid=vm.owner_uid,
         uuid=vm.uuid,

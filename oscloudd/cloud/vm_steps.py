@@ -10,6 +10,8 @@ from contextlib import nullcontext, suppress
 
 import msgspec
 
+from oscloudd.cloud.data_disks import DataDisks
+from oscloudd.cloud.disk_records import detach_disk
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.names import Names
@@ -31,9 +33,11 @@ from oscloudd.host.processes import find_processes_in, open_process
 from oscloudd.host.scopes import rename_scope
 from oscloudd.host.sessions import end_session
 from oscloudd.machine.console_log import read_log_tail
+from oscloudd.machine.hotplug import node_of, unplug_disk
 from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.suspend import let_go_on
+from oscloudd.machine.warm import resize_disk
 from oscloudd.store.models import Disk, Vm
 
 _log = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ class VmSteps:
         first_starts: FirstStarts,
         slots: StartSlots,
         suspension: Suspension,
+        disks: DataDisks,
         ports: Ports,
         names: Names,
         rates: Rates,
@@ -67,6 +72,7 @@ class VmSteps:
         self._first_starts = first_starts
         self._slots = slots
         self._suspension = suspension
+        self._disks = disks
 
     # Making and starting
 
@@ -194,6 +200,31 @@ class VmSteps:
         if vm is not None and vm.is_process_alive():
             await rename_scope(scope_of(vm))
 
+    # Its data disks
+
+    async def plugging(self, job: Job) -> None:
+        """Plug a disk into the machine, if there is one."""
+        qemu = self._supervisor.find(job.vm_id)
+        if qemu is not None:
+            await self._disks.plug(job.vm_id, qemu)
+
+    async def unplugging(self, job: Job) -> None:
+        """Have the guest let go of a disk, if there is a guest."""
+        qemu = self._supervisor.find(job.vm_id)
+        if qemu is not None:
+            await unplug_disk(qemu, job.params["slot"])
+
+    async def detached(self, job: Job) -> None:
+        """Write down that the disk is no vm's."""
+        await self._states.change(lambda: detach_disk(job.params["disk"], job.vm_id))
+
+    async def growing(self, job: Job) -> None:
+        """Make a disk larger under its guest; one of a vm that is down grows at its next start."""
+        qemu, slot = self._supervisor.find(job.vm_id), job.params["slot"]
+        if qemu is not None:
+            node = "disk" if slot is None else node_of(slot)
+            await resize_disk(qemu, job.params["size"], node=node)
+
     # When it does not come to its end
 
     async def undo_create(self, job: Job, error: BaseException) -> None:
@@ -288,6 +319,29 @@ class VmSteps:
         if job.step == 0:
             await self.undo_stop(job, error)
 
+    async def undo_attach(self, job: Job, _error: BaseException) -> None:
+        """Take the disk from the vm again; one that its guest does not give back stays its."""
+        try:
+            await self.unplugging(job)
+        except CloudError as error:
+            _log.warning("vm %d (%s) keeps a disk: %s", job.vm_id, job.target, error.message)
+            return
+        await self.detached(job)
+
+    async def undo_detach(self, job: Job, _error: BaseException) -> None:
+        """Leave the disk with the vm, also where its guest has let go of it meanwhile."""
+        with suppress(CloudError):  # the next start plugs it in
+            await self.plugging(job)
+
+    async def undo_resize(self, job: Job, _error: BaseException) -> None:
+        """Have in the row how large the disk has become, which is at least what it was."""
+        disk_id, size = job.params["disk"], job.params["before"]
+        with suppress(CloudError):
+            size = max(size, await self._disks.measure(disk_id))
+        await self._states.change(
+            lambda: Disk.update(size=size).where(Disk.id == disk_id).execute()
+        )
+
     # Suspended
 
     async def _spawn(self, job: Job, vm: VmRecord) -> None:
@@ -329,12 +383,12 @@ class VmSteps:
 
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
+        await asyncio.to_thread(self._paths(vm).remove, keeps_disk=bool(vm.is_disk_kept))
+        await self._supervisor.expel(vm)
         await self._ports.forget(vm)
         self._names.forget(vm)
         if vm.bandwidth:
             await self._rates.sync(going_tap=vm.tap_index)
-        await asyncio.to_thread(self._paths(vm).remove)
-        self._supervisor.forget_neighbour(vm)
 
     async def _release(self, job: Job) -> None:
         """See the end of the vm's qemu, one that nobody has written down included."""
@@ -388,9 +442,12 @@ class VmSteps:
 
 def _forget(vm_id: int) -> None:
     """Remove a vm's rows and say that it is gone, inside a transaction."""
-    row = Vm.select(Vm.name, Vm.disk).where(Vm.id == vm_id).tuples().first()
+    row = Vm.select(Vm.name, Vm.disk, Vm.identified).where(Vm.id == vm_id).tuples().first()
     if row is not None:
-        name, disk_id = row
+        name, disk_id, identified = row
         write_gone(vm_id, name)
         Vm.delete().where(Vm.id == vm_id).execute()
-        Disk.delete().where(Disk.id == disk_id).execute()
+        Disk.update(vm_id=None, slot=None).where(Disk.vm_id == vm_id).execute()
+        Disk.delete().where(Disk.id == disk_id, Disk.is_kept == 0).execute()
+        if identified:
+            Disk.update(has_identity=True).where(Disk.id == disk_id).execute()

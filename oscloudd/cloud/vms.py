@@ -1,6 +1,7 @@
 """Looking at vms and talking to them: lists, names, logs, consoles, the monitor."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -8,28 +9,43 @@ from peewee import IntegrityError
 
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.keeper import Keeper
+from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.rates import Rates
-from oscloudd.cloud.states import DOWN_STATES, VmState
+from oscloudd.cloud.states import DOWN_STATES, OFF_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
+from oscloudd.cloud.vm_power import refuse
 from oscloudd.cloud.vm_records import NicInfo, VmInfo, VmRecord, describe, read_vm, read_vms
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
-from oscloudd.errors import AlreadyExistsError, InvalidStateError
+from oscloudd.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError
 from oscloudd.guest.readiness import Sign, wait_sign
 from oscloudd.host.network.counters import read_guest_traffic
 from oscloudd.machine.console import Attachment
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.store.database import Database
 from oscloudd.store.models import Vm
-from oscloudd.units import check_name
+from oscloudd.units import check_name, format_size
 
 
 class VmLog(msgspec.Struct, frozen=True):
     """The answer of `vm_log`."""
 
     text: str
+
+
+class VmSettings(msgspec.Struct, frozen=True):
+    """What is to be different about a vm; None leaves it as it is, sizes are bytes."""
+
+    name: str | None = None
+    cpus: int | None = None
+    mem_size: int | None = None
+    autostart: str | None = None
+    restart: str | None = None
+    protect: bool | None = None
+    bandwidth: int | None = None  # bits a second, 0 for any
 
 
 class Vms:
@@ -44,6 +60,7 @@ class Vms:
         operations: Operations,
         keeper: Keeper,
         rates: Rates,
+        templates: Templates,
     ) -> None:
         self._rates = rates
         self._config = config
@@ -52,6 +69,7 @@ class Vms:
         self._supervisor = supervisor
         self._operations = operations
         self._keeper = keeper
+        self._templates = templates
 
     async def list(self) -> list[VmInfo]:
         """Describe every vm, by id."""
@@ -65,15 +83,40 @@ class Vms:
 
     async def rename(self, key: int | str, name: str, order: Order) -> VmInfo:
         """Give a vm another name; its guest keeps its hostname until it is told otherwise."""
+        return await self.set(key, VmSettings(name=name), order)
+
+    async def set(self, key: int | str, settings: VmSettings, order: Order) -> VmInfo:
+        """Change what a vm is or does by itself, all of it or nothing.
+
+        Processors and memory only while it is off.
+        """
+        given = msgspec.structs.asdict(settings)
+        columns = {column: value for column, value in given.items() if value is not None}
+        vm_id = (await self._read(key)).id
+
+        def change(vm: VmRecord) -> None:
+            self._check_can_set(vm, settings)
+            Vm.update(**columns).where(Vm.id == vm.id).execute()
+
+        if settings.name is None:
+            await self._database.run(lambda: change(read_vm(vm_id)))
+        else:
+            await self._rename(vm_id, settings.name, order, change)
+        if settings.bandwidth is not None:
+            await self._rates.sync()
+        self._states.changes.announce()
+        self._keeper.consider(vm_id)
+        return describe(await self._read(vm_id))
+
+    async def _rename(
+        self, vm_id: int, name: str, order: Order, change: Callable[[VmRecord], None]
+    ) -> None:
         check_name(name)
 
         def decide(vm: VmRecord) -> dict[str, Any] | None:
-            if vm.name == name:
-                return None
-            Vm.update(name=name).where(Vm.id == vm.id).execute()
-            return {}
+            change(vm)
+            return None if vm.name == name else {}
 
-        vm_id = (await self._read(key)).id
         try:
             begun = await self._operations.begin("vm_rename", vm_id, order, decide)
         except IntegrityError as error:
@@ -82,35 +125,30 @@ class Vms:
             ) from error
         if begun is not None:
             await asyncio.shield(begun[1])
-        return describe(await self._read(vm_id))
 
-    async def set(
-        self,
-        key: int | str,
-        *,
-        autostart: str | None = None,
-        restart: str | None = None,
-        bandwidth: int | None = None,
-    ) -> VmInfo:
-        """Change when a vm starts by itself and how fast it may send and receive, in bits a second.
-
-        None leaves a setting as it is; a bandwidth of 0 takes the limit away.
-        """
-        given = {"autostart": autostart, "restart": restart, "bandwidth": bandwidth}
-        columns = {name: value for name, value in given.items() if value is not None}
-
-        def change() -> VmRecord:
-            vm = read_vm(key)
-            if columns:
-                Vm.update(**columns).where(Vm.id == vm.id).execute()
-            return read_vm(vm.id)
-
-        vm = await self._database.run(change)
-        if bandwidth is not None:
-            await self._rates.sync()
-        self._states.changes.announce()
-        self._keeper.consider(vm.id)
-        return describe(vm)
+    def _check_can_set(self, vm: VmRecord, settings: VmSettings) -> None:
+        """Refuse a change of processors or memory that could not be, inside a transaction."""
+        if settings.cpus is None and settings.mem_size is None:
+            return
+        if vm.state not in OFF_STATES:
+            refuse(
+                vm,
+                "given other processors or memory",
+                f"resume it and stop it first: oscloudctl vm-resume {vm.name}"
+                if vm.state == VmState.SUSPENDED
+                else f"stop it first: oscloudctl vm-stop {vm.name}",
+            )
+        if settings.mem_size is None:
+            return
+        least = self._templates.get_ready(vm.template).declaration.min_mem_bytes
+        if settings.mem_size < least:
+            raise InvalidArgumentError(
+                f"mem_size {settings.mem_size} is too small for {vm.template}",
+                hint=f"give it at least {format_size(least)}",
+                parameter="mem_size",
+            )
+        if settings.mem_size > vm.mem_size:
+            check_memory(settings.mem_size, self._config.limits.overcommit, vm.id)
 
     async def wait(self, key: int | str, state: str, timeout_seconds: float) -> VmInfo:
         """Wait until a vm is in `state`, or can be logged into with "ready"."""

@@ -17,6 +17,8 @@ from oscloudd.host.commands import run
 from oscloudd.host.image_header import HEADER_BYTES, parse_qcow2_header
 
 _CONVERT_SECONDS = 1800
+# extended_l2: else a write of 4 KiB to an overlay takes a whole cluster of 64, read from the base.
+_CREATE_ARGV = ("qemu-img", "create", "-q", "-o", "extended_l2=on", "-f", "qcow2")
 _PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
 
 
@@ -27,8 +29,20 @@ async def create_overlay(path: Path, base_path: Path, base_format: str, size_byt
     there is no base or qemu-img fails, and leaves no half-made file.
     """
     _check_base(base_path)
+    await _create(path, build_overlay_argv(path, base_path, base_format, size_bytes))
+
+
+async def create_empty(path: Path, size_bytes: int) -> None:
+    """Make a durable qcow2 of `size_bytes` at `path` that reads as zeros.
+
+    Raises HostError when qemu-img fails, and leaves no half-made file.
+    """
+    await _create(path, [*_CREATE_ARGV, _name(path), str(size_bytes)])
+
+
+async def _create(path: Path, argv: list[str]) -> None:
     try:
-        await run(build_overlay_argv(path, base_path, base_format, size_bytes))
+        await run(argv)
         await asyncio.to_thread(durable, path)
     except BaseException:
         _discard(path)
@@ -51,11 +65,9 @@ def copy_overlay(path: Path, blank: Path) -> None:
 
 def build_overlay_argv(path: Path, base_path: Path, base_format: str, size_bytes: int) -> list[str]:
     """Give the command that makes an overlay."""
-    # extended_l2: else a write of 4 KiB takes a whole cluster of 64, read from the base.
     # -u: it would open the base, as root, and that may be a stranger's.
-    options = ["-o", "extended_l2=on", "-u"]
-    argv = ["qemu-img", "create", "-q", *options, "-f", "qcow2", "-F", base_format]
-    return [*argv, "-b", _name(base_path), _name(path), str(size_bytes)]
+    argv = [*_CREATE_ARGV, "-u", "-F", base_format, "-b", _name(base_path)]
+    return [*argv, _name(path), str(size_bytes)]
 
 
 def virtual_size_bytes(path: Path, image_format: str) -> int:

@@ -60,7 +60,7 @@ async def restore_or_end(qemu: Qemu, state: bytes, disk_bytes: int | None = None
 
     Raises HostError when that fails; qemu has been ended and let go of then.
     """
-    async with restoring(qemu, "the warm image"):
+    async with ended_on_failure(qemu, "the warm image can't be restored"):
         with tempfile.TemporaryFile() as file:
             file.write(state)
             file.seek(0)
@@ -70,8 +70,8 @@ async def restore_or_end(qemu: Qemu, state: bytes, disk_bytes: int | None = None
 
 
 @asynccontextmanager
-async def restoring(qemu: Qemu, what: str) -> AsyncIterator[None]:
-    """End a qemu and let go of it if what is done inside fails, which is to restore `what`.
+async def ended_on_failure(qemu: Qemu, what_failed: str) -> AsyncIterator[None]:
+    """End a qemu and let go of it if what is done inside fails.
 
     Raises HostError then, with the details of what was raised inside.
     """
@@ -82,18 +82,22 @@ async def restoring(qemu: Qemu, what: str) -> AsyncIterator[None]:
         await qemu.close()
         if isinstance(error, CloudError | OSError):
             details = error.details if isinstance(error, CloudError) else {}
-            raise HostError(f"{what} can't be restored: {error}", **details) from error
+            raise HostError(f"{what_failed}: {error}", **details) from error
         raise
 
 
 async def resize_disk(
-    qemu: Qemu, size_bytes: int, *, timeout_seconds: float = ANSWER_SECONDS
+    qemu: Qemu,
+    size_bytes: int,
+    *,
+    node: str = "disk",
+    timeout_seconds: float = ANSWER_SECONDS,
 ) -> None:
-    """Tell qemu and the guest that the disk has `size_bytes`, after `restore`.
+    """Tell qemu and the guest that a disk, the root disk if not another, has `size_bytes`.
 
     A disk that is smaller is made larger. Raises HostError or OperationTimeoutError.
     """
-    size = {"node-name": "disk", "size": size_bytes}
+    size = {"node-name": node, "size": size_bytes}
     await qemu.monitor.execute("block_resize", size, timeout_seconds=timeout_seconds)
 
 

@@ -43,6 +43,27 @@ def _warm_images(database: Any) -> None:
     _add_columns(database, "vm", {"timings": "LONGTEXT NOT NULL DEFAULT '{}'"})
 
 
+def _disks_of_their_own(database: Any) -> None:
+    disk = {
+        "vm_id": "INTEGER",
+        "slot": "INTEGER",
+        "is_kept": "BOOL NOT NULL DEFAULT 0",
+        "has_identity": "BOOL NOT NULL DEFAULT 0",
+    }
+    _add_columns(database, "disk", disk)
+    _add_columns(database, "vm", {"protect": "BOOL NOT NULL DEFAULT 0"})
+    if "disk_vm_id_slot" not in {index.name for index in database.get_indexes("disk")}:
+        database.execute_sql("CREATE UNIQUE INDEX disk_vm_id_slot ON disk (vm_id, slot)")
+
+
+def _networks_people_make(database: Any) -> None:
+    columns = {
+        "isolated": "BOOLEAN NOT NULL DEFAULT 0",
+        "nat": "BOOLEAN NOT NULL DEFAULT 1",
+    }
+    _add_columns(database, "network", columns)
+
+
 def _ports(database: Any) -> None:
     database.create_tables(PORT_TABLES)
 
@@ -62,6 +83,8 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _first_tables,
     _journal_and_events,
     _warm_images,
+    _disks_of_their_own,
+    _networks_people_make,
     _ports,
     _bandwidth,
 )

@@ -65,18 +65,32 @@ class Network(Table):
     mask = IntegerField()  # prefix length
     bridge_interface_idx = IntegerField(unique=True)
     dns = LongTextField(default="")  # space separated; "" is the host's own resolvers
+    isolated = BooleanField(default=False)  # its guests reach nothing behind the host
+    nat = BooleanField(default=True)  # without, they go out under their own addresses
     created_at = DoubleField()
 
 
 class Disk(Table):
-    """One qcow2 overlay on a template's base image."""
+    """One qcow2: empty at first, or an overlay on a template's base image.
+
+    The root disk of a vm is in the vm's row; a data disk has its vm and its slot in its own.
+    """
 
     id = IdField()
     name = CharField(max_length=63, unique=True)
     size = BigIntegerField()
     template_name = CharField(max_length=63, null=True)
     warm_image = CharField(max_length=32, null=True)  # the one whose frozen disk is below it
+    vm_id = IntegerField(null=True)  # the vm whose data disk it is
+    slot = IntegerField(null=True)  # in which of its ports it is plugged
+    is_kept = BooleanField(default=False)  # made by itself, it stays when its vm goes
+    has_identity = BooleanField(default=False)  # a vm that is deleted has booted from it
     created_at = DoubleField()
+
+    class Meta:
+        """A port takes one disk."""
+
+        indexes = ((("vm_id", "slot"), True),)
 
 
 class Vm(Table):
@@ -111,6 +125,7 @@ class Vm(Table):
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
     bandwidth = BigIntegerField(default=0)  # bits a second, each way; 0 is no limit
+    protect = BooleanField(default=False)  # it can't be deleted
     timings = LongTextField(default="{}")  # seconds of each stage of its creation, JSON
     created_at = DoubleField()
 

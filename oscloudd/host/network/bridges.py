@@ -67,7 +67,9 @@ def build_creation(bridge: Bridge) -> list[str]:
     """Give the lines for `ip -batch` that make the bridge."""
     name = bridge.name
     return [
-        f"link add name {name} address {bridge.mac} type bridge stp_state 0 forward_delay 0",
+        f"link add name {name} address {bridge.mac} type bridge stp_state 0 forward_delay 0"
+        # A guest that asks who listens could have neighbours' multicasts kept from each other.
+        " mcast_snooping 0",
         f"link set dev {name} alias {ALIAS}",
         f"address add {bridge.interface} dev {name}",
         f"link set dev {name} up",

@@ -7,15 +7,14 @@ import socket
 import struct
 from typing import NamedTuple
 
+from oscloudd.host.network.netlink import find_attribute, pack_message, parse_messages
+
 # linux/rtnetlink.h and linux/if_link.h
-_RTM_GETSTATS = 94
-_NLM_F_REQUEST = 0x1
+_RTM_NEWSTATS, _RTM_GETSTATS = 92, 94
 _IFLA_STATS_LINK_64 = 1
-_REQUEST = struct.Struct("=IHHIIBxxxII")
-_ATTRIBUTE = struct.Struct("=HH")
+_STATS_HEADER_BYTES = 12  # struct if_stats_msg
 # struct rtnl_link_stats64 begins: packets received and sent, bytes received and sent.
 _STATISTICS = struct.Struct("=4Q")
-_HEADERS_BYTES = 16 + 12
 _ANSWER_BYTES = 4096
 
 
@@ -32,24 +31,16 @@ def read_guest_traffic(tap: str) -> GuestTraffic | None:
     """Give what has gone through a tap; None when there is none."""
     try:
         index = socket.if_nametoindex(tap)
-        kinds = 1 << (_IFLA_STATS_LINK_64 - 1)
-        request = _REQUEST.pack(_REQUEST.size, _RTM_GETSTATS, _NLM_F_REQUEST, 1, 0, 0, index, kinds)
+        body = struct.pack("=BxxxII", 0, index, 1 << (_IFLA_STATS_LINK_64 - 1))
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-            netlink.send(request)
+            netlink.send(pack_message(_RTM_GETSTATS, 0, body))
             answer = netlink.recv(_ANSWER_BYTES)
     except OSError:
         return None
-    return parse_traffic(answer)
-
-
-def parse_traffic(answer: bytes) -> GuestTraffic | None:
-    """Read the kernel's answer; None for an error."""
-    _, kind = struct.unpack_from("=IH", answer)
-    attributes = answer[_HEADERS_BYTES:]
-    while kind != 2 and len(attributes) >= _ATTRIBUTE.size:  # NLMSG_ERROR
-        length, attribute = _ATTRIBUTE.unpack_from(attributes)
-        if attribute == _IFLA_STATS_LINK_64:
-            received, sent, received_bytes, sent_bytes = _STATISTICS.unpack_from(attributes, 4)
-            return GuestTraffic(sent_bytes, sent, received_bytes, received)
-        attributes = attributes[max(length + 3 & ~3, _ATTRIBUTE.size) :]
+    for message in parse_messages(answer):
+        if message.kind == _RTM_NEWSTATS:
+            found = find_attribute(message.body[_STATS_HEADER_BYTES:], _IFLA_STATS_LINK_64)
+            if found is not None:
+                received, sent, received_bytes, sent_bytes = _STATISTICS.unpack_from(found)
+                return GuestTraffic(sent_bytes, sent, received_bytes, received)
     return None

@@ -33,6 +33,17 @@ def check_interface_name(name: str) -> bytes:
     return encoded
 
 
+def parse_mac(mac: str) -> bytes:
+    """Give the six bytes of a hardware address; raises InvalidArgumentError."""
+    try:
+        raw = bytes.fromhex(mac.replace(":", ""))
+    except ValueError:
+        raw = b""
+    if len(raw) != 6:
+        raise InvalidArgumentError(f"{mac!r:.40} is not a hardware address")
+    return raw
+
+
 def open_control_socket() -> socket.socket:
     """Give a socket that ioctl calls on interfaces go through; it sends nothing."""
     return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)

@@ -29,6 +29,7 @@ class NameServer:
     bridge: str
     gateway: IPv4Address
     directory: Path
+    isolated: bool = False  # asks nobody else
 
     @property
     def hosts(self) -> Path:
@@ -117,6 +118,7 @@ def build_name_server(server: NameServer, user: str) -> list[str]:
         f"--local=/{DOMAIN}/",
         # A name without a dot is a guest's or nobody's.
         "--domain-needed",
+        *(["--no-resolv"] if server.isolated else []),
     ]
 
 

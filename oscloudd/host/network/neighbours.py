@@ -9,12 +9,13 @@ import socket
 import struct
 from ipaddress import IPv4Address
 
-from oscloudd.errors import HostError, InvalidArgumentError
+from oscloudd.errors import HostError
 from oscloudd.host.network.interfaces import (
     SIOCDARP,
     SIOCSARP,
     check_interface_name,
     open_control_socket,
+    parse_mac,
 )
 
 # struct arpreq of linux/if_arp.h: protocol address, hardware address, flags, netmask, device.
@@ -26,7 +27,7 @@ _ATF_PERM = 0x04
 
 def set_neighbour(interface: str, address: IPv4Address, mac: str) -> None:
     """Say for good that `address` behind `interface` has the hardware address `mac`."""
-    request = _build_request(interface, address, _parse_mac(mac), _ATF_COM | _ATF_PERM)
+    request = _build_request(interface, address, parse_mac(mac), _ATF_COM | _ATF_PERM)
     try:
         with open_control_socket() as control:
             fcntl.ioctl(control, SIOCSARP, request)
@@ -51,13 +52,3 @@ def delete_neighbour(interface: str, address: IPv4Address) -> None:
 def _build_request(interface: str, address: IPv4Address, mac: bytes, flags: int) -> bytes:
     name = check_interface_name(interface)
     return _REQUEST.pack(socket.AF_INET, 0, address.packed, _ARPHRD_ETHER, mac, flags, name)
-
-
-def _parse_mac(mac: str) -> bytes:
-    try:
-        raw = bytes.fromhex(mac.replace(":", ""))
-    except ValueError:
-        raw = b""
-    if len(raw) != 6:
-        raise InvalidArgumentError(f"{mac!r:.40} is not a hardware address")
-    return raw

@@ -1,4 +1,4 @@
-"""Forwarded ports in the kernel: one nft table of our own, `ip oscloud`, replaced whole.
+"""Forwarded ports in the kernel: one nft table of our own, `ip oscloud_ports`, replaced whole.
 
 Rewrites destinations only; whether a rewritten packet may pass to a guest is `firewall.py`'s. A
 packet to a port of this host never reaches a socket here, so that nothing of ours need run.
@@ -14,8 +14,15 @@ from ipaddress import IPv4Address, IPv4Network
 from oscloudd.errors import HostError
 from oscloudd.host.commands import run
 from oscloudd.host.network.interfaces import check_interface_name
+from oscloudd.host.network.netlink import (
+    ACKNOWLEDGE,
+    exchange,
+    pack_attribute,
+    pack_message,
+    pack_nested,
+)
 
-TABLE = "ip oscloud"
+TABLE = "ip oscloud_ports"
 EVERYWHERE = IPv4Address("0.0.0.0")
 
 # Deleting a table that isn't there fails, adding one that is doesn't: so add, then delete.
@@ -23,11 +30,9 @@ _REMOVAL = f"add table {TABLE}\ndelete table {TABLE}\n"
 
 # linux/rtnetlink.h, linux/if_link.h, linux/ip.h
 _RTM_SETLINK = 19
-_NLM_F_REQUEST_ACK = 0x5
 _IFLA_AF_SPEC = 26
 _IFLA_INET_CONF = 1
 _IPV4_DEVCONF_ROUTE_LOCALNET = 26
-_NLA_F_NESTED = 0x8000
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def build_forwards(forwards: Sequence[Forward]) -> str:
     everywhere = [forward for forward in forwards if forward.host_address == EVERYWHERE]
     key = "inet_proto . inet_service : ipv4_addr . inet_service"
     bridges = {f'"{forward.bridge}"' for forward in forwards}
-    subnets = {str(forward.subnet) for forward in forwards}
+    guests = {f'"{forward.bridge}" . {forward.subnet}' for forward in forwards}
     at_one = (f"{forward.host_address} . {_element(forward)}" for forward in single)
     rewrites = (
         "dnat ip to ip daddr . meta l4proto . th dport map @at_one_address",
@@ -83,7 +88,7 @@ def build_forwards(forwards: Sequence[Forward]) -> str:
         _set("map at_one_address", f"ipv4_addr . {key}", at_one),
         _set("map everywhere", key, map(_element, everywhere)),
         _set("set bridges", "ifname", bridges),
-        _set("set guests", "ipv4_addr; flags interval", subnets),
+        _set("set guests", "ifname . ipv4_addr; flags interval", guests),
         # Rewriting comes before the kernel's own refusal of such an address from elsewhere, which
         # `route_localnet` takes away from the bridges besides.
         _chain("filter", "prerouting", "raw", 'iifname != "lo" ip daddr 127.0.0.0/8 drop'),
@@ -94,7 +99,7 @@ def build_forwards(forwards: Sequence[Forward]) -> str:
             "postrouting",
             "srcnat",
             "ct status dnat oifname @bridges ip saddr 127.0.0.0/8 masquerade",
-            "ct status dnat oifname @bridges ip saddr @guests masquerade",
+            "ct status dnat oifname . ip saddr @guests masquerade",
         ),
     ]
     return f"{_REMOVAL}table {TABLE} {{\n{''.join(parts)}}}\n"
@@ -126,18 +131,12 @@ def set_route_localnet(interface: str, *, on: bool) -> None:
         index = socket.if_nametoindex(interface)
     except OSError:
         return
-    value = _attribute(_IPV4_DEVCONF_ROUTE_LOCALNET, struct.pack("=I", on))
-    inet = _attribute(socket.AF_INET, _attribute(_IFLA_INET_CONF, value, nested=True), nested=True)
-    body = struct.pack("=BxHiII", 0, 0, index, 0, 0)
-    body += _attribute(_IFLA_AF_SPEC, inet, nested=True)
-    header = struct.pack("=IHHII", 16 + len(body), _RTM_SETLINK, _NLM_F_REQUEST_ACK, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        netlink.send(header + body)
-        (status,) = struct.unpack_from("=i", netlink.recv(4096), 16)
-    if status not in (0, -errno.ENODEV):
-        raise HostError(f"route_localnet of {interface} can't be set: {errno.errorcode[-status]}")
-
-
-def _attribute(kind: int, value: bytes, *, nested: bool = False) -> bytes:
-    kind |= _NLA_F_NESTED if nested else 0
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+    value = pack_attribute(_IPV4_DEVCONF_ROUTE_LOCALNET, struct.pack("=I", on))
+    inet = pack_nested(socket.AF_INET, pack_nested(_IFLA_INET_CONF, value))
+    body = struct.pack("=BxHiII", 0, 0, index, 0, 0) + pack_nested(_IFLA_AF_SPEC, inet)
+    try:
+        exchange(socket.NETLINK_ROUTE, pack_message(_RTM_SETLINK, ACKNOWLEDGE, body))
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            why = error.strerror
+            raise HostError(f"route_localnet of {interface} can't be set: {why}") from error

@@ -1,4 +1,4 @@
-"""How fast guests may send and receive: one nft table of our own, `netdev oscloud`, replaced whole.
+"""How fast guests may send and receive: the nft table `netdev oscloud_rates`, replaced whole.
 
 What is beyond a tap's rate is dropped, as by a switch whose queue is full. tc(8) could delay what
 goes to the guest; what comes from it takes kernel modules for that which not every host has.
@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from oscloudd.host.commands import run
 from oscloudd.host.network.interfaces import check_interface_name
 
-TABLE = "netdev oscloud"
-# linux/netfilter.h NFPROTO_NETDEV
-FAMILY = 5
+TABLE = "netdev oscloud_rates"
 
 # A guest's card hands over up to 64 KiB at once, and TCP keeps near a rate only where several such
 # fit; a tenth of a second is what switches hold.

@@ -34,19 +34,33 @@ async def find_free_subnet(
     Routes over our own bridges, known by their alias, and `ignored_interfaces` don't count. Whether
     the answer differs from `wanted` is for the caller to say aloud. Raises ExhaustedError.
     """
-    routes = await list_routes()
+    foreign = await list_foreign_routes(ignored_interfaces)
+    free = _find_free(_candidates(wanted), taken, foreign)
+    if free is None:
+        raise ExhaustedError(
+            f"neither {wanted} nor any private /16 is free of routes of this box",
+            hint="set [network] subnet in oscloud.toml to a range that is",
+            resource="subnets",
+        )
+    return free
+
+
+def find_next_subnet(taken: Collection[IPv4Network], routes: Collection[Route]) -> IPv4Network:
+    """Give the first /24 from 10.20.0.0 on that is clear of all these; raises ExhaustedError."""
+    free = _find_free(_next_candidates(), taken, routes)
+    if free is None:
+        raise ExhaustedError(
+            "no /24 from 10.20.0.0 on is free of networks and routes of this box",
+            hint="name a subnet",
+            resource="subnets",
+        )
+    return free
+
+
+async def list_foreign_routes(ignored_interfaces: Collection[str] = ()) -> list[Route]:
+    """List the routes that lead elsewhere than to our own bridges, known by their alias."""
     ours = {*ignored_interfaces, *(await list_links()).bridges}
-    foreign = [route for route in routes if route.interface not in ours]
-    for candidate in _candidates(wanted):
-        if not any(candidate.overlaps(other) for other in taken) and (
-            find_overlap(candidate, foreign) is None
-        ):
-            return candidate
-    raise ExhaustedError(
-        f"neither {wanted} nor any private /16 is free of routes of this box",
-        hint="set [network] subnet in oscloud.toml to a range that is",
-        resource="subnets",
-    )
+    return [route for route in await list_routes() if route.interface not in ours]
 
 
 async def list_routes() -> list[Route]:
@@ -71,6 +85,23 @@ def find_overlap(subnet: IPv4Network, routes: Iterable[Route]) -> Route | None:
         if route.network.prefixlen >= _SHORTEST_PREFIX and route.network.overlaps(subnet):
             return route
     return None
+
+
+def _find_free(
+    candidates: Iterable[IPv4Network],
+    taken: Collection[IPv4Network],
+    routes: Collection[Route],
+) -> IPv4Network | None:
+    for candidate in candidates:
+        is_taken = any(candidate.overlaps(other) for other in taken)
+        if not is_taken and find_overlap(candidate, routes) is None:
+            return candidate
+    return None
+
+
+def _next_candidates() -> Iterator[IPv4Network]:
+    for second in range(20, 256):
+        yield from IPv4Network(f"10.{second}.0.0/16").subnets(new_prefix=24)
 
 
 def _candidates(wanted: IPv4Network) -> Iterator[IPv4Network]:

@@ -1,0 +1,77 @@
+"""The parameters of `network_create` turned into what the cloud is asked for."""
+
+from ipaddress import IPv4Address, IPv4Network
+
+from oscloudd.api.params import NetworkCreateParams
+from oscloudd.cloud.network_making import NetworkRequest
+from oscloudd.errors import InvalidArgumentError
+from oscloudd.units import check_name
+
+# RFC 1918 and, for carriers, RFC 6598.
+_PRIVATE = tuple(
+    map(IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"))
+)
+_SHORTEST_PREFIX, _LONGEST_PREFIX = 8, 30
+# resolv.conf(5) takes three; some guests ask more.
+_MAX_DNS = 8
+
+
+def build_network(params: NetworkCreateParams) -> NetworkRequest:
+    """Check what can be checked without looking at anything; raises InvalidArgumentError."""
+    if params.isolated and not params.nat:
+        raise InvalidArgumentError(
+            "an isolated network has no way out, with nat or without",
+            hint="choose isolated, or no nat",
+            parameter="nat",
+        )
+    if len(params.dns) > _MAX_DNS:
+        raise InvalidArgumentError(f"dns has more than {_MAX_DNS} addresses", parameter="dns")
+    return NetworkRequest(
+        name=check_name(params.name),
+        subnet=None if params.subnet is None else _parse_subnet(params.subnet),
+        isolated=params.isolated,
+        nat=params.nat,
+        dns=tuple(_parse_server(text) for text in params.dns),
+    )
+
+
+def _parse_subnet(text: str) -> IPv4Network:
+    try:
+        if "/" not in text:
+            raise ValueError("it has no prefix length")
+        subnet = IPv4Network(text)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"subnet {text!r:.60} is not an IPv4 network: {str(error)[:100]}",
+            hint='write it as "10.20.0.0/24"',
+            parameter="subnet",
+        ) from error
+    if not _SHORTEST_PREFIX <= subnet.prefixlen <= _LONGEST_PREFIX:
+        raise InvalidArgumentError(
+            f"subnet {subnet} has a prefix of /{subnet.prefixlen}",
+            hint=f"use one between /{_SHORTEST_PREFIX} and /{_LONGEST_PREFIX}",
+            parameter="subnet",
+        )
+    if not any(subnet.subnet_of(private) for private in _PRIVATE):
+        raise InvalidArgumentError(
+            f"subnet {subnet} is not private: its addresses are others'",
+            hint=f"choose one within {', '.join(map(str, _PRIVATE))}",
+            parameter="subnet",
+        )
+    return subnet
+
+
+def _parse_server(text: str) -> str:
+    try:
+        address = IPv4Address(text)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"dns {text!r:.60} is not an IPv4 address", parameter="dns"
+        ) from error
+    if address.is_loopback or address.is_multicast or address.is_unspecified:
+        raise InvalidArgumentError(
+            f"dns {text} is out of a guest's reach",
+            hint="name a server, or none: then guests ask the host's",
+            parameter="dns",
+        )
+    return str(address)

@@ -1,0 +1,57 @@
+"""The disks of a machine that runs or is about to: those its vm has, plugged in, and grown.
+
+A disk that was made larger has the new size in its row at once, and in its file as soon as a qemu
+has it: no tool of ours opens an image that a guest has written to.
+"""
+
+import asyncio
+
+from oscloudd.cloud.disk_records import DiskRecord, read_disks
+from oscloudd.cloud.templates import Templates
+from oscloudd.cloud.vm_paths import disk_file
+from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.config import Config
+from oscloudd.host.images import virtual_size_bytes
+from oscloudd.machine.hotplug import DataDisk, plug_disk
+from oscloudd.machine.qemu import Qemu
+from oscloudd.machine.warm import ended_on_failure, resize_disk
+from oscloudd.store.database import Database
+from oscloudd.store.models import Disk
+
+
+class DataDisks:
+    """What qemus are given of disks beside what they are launched with."""
+
+    def __init__(self, config: Config, database: Database, templates: Templates) -> None:
+        self._config = config
+        self._database = database
+        self._templates = templates
+
+    async def equip(self, vm: VmRecord, qemu: Qemu) -> None:
+        """Give a qemu that has just been launched the disks of its vm, and the root disk its size.
+
+        Raises HostError; qemu has been ended and let go of then.
+        """
+        async with ended_on_failure(qemu, "its disks can't be plugged in"):
+            await self.plug(vm.id, qemu)
+            if await self.measure(vm.disk_id) < vm.disk_size:
+                await resize_disk(qemu, vm.disk_size)
+
+    async def plug(self, vm_id: int, qemu: Qemu) -> None:
+        """Plug in what is not yet; raises HostError or InvalidStateError."""
+        for disk in await self._database.run(lambda: read_disks(Disk.vm_id == vm_id)):
+            await plug_disk(qemu, self._data_disk(disk))
+
+    async def measure(self, disk_id: int) -> int:
+        """Give how large the file of a disk says that it is, in bytes; raises HostError."""
+        path = disk_file(self._config, disk_id)
+        return await asyncio.to_thread(virtual_size_bytes, path, "qcow2")
+
+    def _data_disk(self, disk: DiskRecord) -> DataDisk:
+        assert disk.slot is not None
+        path = disk_file(self._config, disk.id)
+        if disk.template is None:
+            return DataDisk(disk.slot, disk.name, disk.size, path)
+        template = self._templates.get_ready(disk.template)
+        base_format = template.declaration.image.format
+        return DataDisk(disk.slot, disk.name, disk.size, path, template.image, base_format)

@@ -1,0 +1,112 @@
+"""The firewall of this cloud: what the database says of networks and vms, in the kernel.
+
+Owns the only word on our tables. They are replaced whole when a network comes or goes and when
+somebody else has changed them; a vm's own elements come and go with it.
+"""
+
+import asyncio
+import logging
+from ipaddress import IPv4Address, IPv4Network
+
+from oscloudd.cloud.events import Events
+from oscloudd.cloud.states import VmState
+from oscloudd.cloud.table_keeping import keep_table
+from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.errors import NotFoundError
+from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
+from oscloudd.host.network.nft_events import TableEvents
+from oscloudd.host.network.ruleset import TABLE, GuestNetwork, GuestPort, build_elements
+from oscloudd.host.network.set_elements import add_elements, delete_elements
+from oscloudd.store.database import Database
+from oscloudd.store.models import Network, Vm
+
+_log = logging.getLogger(__name__)
+
+_PUT_BACK = "somebody has changed or flushed oscloud's own nft tables, and they are put back"
+
+
+class Firewall:
+    """Our tables; `keep` puts them back for as long as it runs, `close` forgets them."""
+
+    def __init__(self, database: Database, events: Events) -> None:
+        self._database = database
+        self._events = events
+        self._lock = asyncio.Lock()
+        self._changes = TableEvents(TABLE)
+        self._is_up = False
+
+    def close(self) -> None:
+        """Let go of the tables; they stay as they are."""
+        self._changes.close()
+
+    async def apply(self) -> None:
+        """Make the tables what the database says, whatever they are."""
+        # From the look at the rows on nobody may add or take away a vm's elements.
+        async with self._lock:
+            await self._apply()
+
+    async def _apply(self) -> None:
+        networks, ports = await self._database.run_when_available(_read_all)
+        with self._changes.own_change():
+            await apply_ruleset(networks, ports)
+        self._is_up = True
+
+    async def admit(self, vm: VmRecord) -> None:
+        """Let a vm send with its own addresses; may be called again. Raises HostError."""
+        async with self._lock:
+            try:
+                with self._changes.own_change():
+                    add_elements(build_elements(_port_of(vm)))
+            except NotFoundError:
+                await self._apply()
+
+    async def expel(self, vm: VmRecord) -> None:
+        """Let a vm that is being deleted send nothing any more; raises HostError."""
+        async with self._lock:
+            try:
+                with self._changes.own_change():
+                    await asyncio.to_thread(delete_elements, build_elements(_port_of(vm)))
+            except NotFoundError:
+                return
+
+    async def forget_gone(self) -> list[str]:
+        """Take networks that have no row out of the tables, and give their bridges."""
+        networks, _ = await self._database.run(_read_all)
+        gone = await find_ruleset_bridges() - {network.bridge for network in networks}
+        if gone:
+            await self.apply()
+        return sorted(gone)
+
+    async def keep(self) -> None:
+        """Put the tables back whenever somebody else has changed them, until cancelled."""
+        await keep_table("the firewall", self._changes, self._put_back)
+
+    async def _put_back(self) -> None:
+        if not self._is_up:
+            return
+        await self.apply()
+        _log.warning(_PUT_BACK)
+        await self._events.warn("firewall", _PUT_BACK)
+
+
+def _read_all() -> tuple[list[GuestNetwork], list[GuestPort]]:
+    """Read what is to be in the tables, inside a transaction.
+
+    A vm that is being deleted is not: its elements may have been taken out already.
+    """
+    networks = [
+        GuestNetwork(
+            f"oscbr{row.bridge_interface_idx}",
+            IPv4Network(f"{row.ip}/{row.mask}"),
+            isolated=row.isolated,
+            nat=row.nat,
+        )
+        for row in Network.select()
+    ]
+    vms = Vm.select(Vm.tap_interface_idx, Vm.mac, Vm.ip).where(Vm.state != VmState.DELETING)
+    ports = [GuestPort(f"osctap{tap}", mac, IPv4Address(ip)) for tap, mac, ip in vms.tuples()]
+    return networks, ports
+
+
+def _port_of(vm: VmRecord) -> GuestPort:
+    return GuestPort(vm.tap, vm.mac, IPv4Address(vm.ip))

@@ -1,0 +1,83 @@
+"""The daemon killed at every transaction, process start and write of making and deleting a disk.
+
+There is never a row without its file, nor a file without its row, once the next daemon has swept.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cloud_accounts import check_accounted, settle
+from daemon_process import IMAGE
+from daemon_zygote import ZygoteBox
+from dying_daemon import Death
+from test_kill_matrix import ask_to_die, count_deaths, wait_for_death
+
+from oscloudd.host.images import virtual_size_bytes
+
+NAME = "data"
+
+
+@pytest.fixture(scope="module")
+def box(fake_qemu_binary: Path) -> Iterator[ZygoteBox]:
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    box = ZygoteBox(fake_qemu_binary)
+    try:
+        box.start()
+        yield box
+    except BaseException:
+        box.discard()
+        raise
+    box.close()
+
+
+def die(box: ZygoteBox, death: Death, method: str, **params: str) -> bool:
+    """Have the daemon die at this call; False when it had come to rest before."""
+    _question, died = ask_to_die(box, death, method, **params)
+    if died:
+        wait_for_death(box)
+        box.start()
+    settle(box)
+    check_accounted(box)
+    return died
+
+
+def is_there(box: ZygoteBox) -> bool:
+    """Tell whether there is the disk; where there is, its file is whole."""
+    disks = box.call("disk_list")
+    assert all(virtual_size_bytes(Path(disk["path"]), "qcow2") == 1 << 20 for disk in disks)
+    return [disk["name"] for disk in disks] == [NAME]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", ["transaction", "process", "durable"])
+@pytest.mark.parametrize("template", [None, IMAGE])
+def test_killed_while_making(box: ZygoteBox, at: str, when: str, template: str | None) -> None:
+    shape = {"size": "1M"} if template is None else {"template": template}
+
+    def kill_at(number: int) -> bool:
+        died = die(box, Death(at, number, when), "disk_create", name=NAME, **shape)
+        if not is_there(box):
+            assert died
+            box.call("disk_create", name=NAME, **shape)
+        box.call("disk_delete", disk=NAME)
+        check_accounted(box)
+        return died
+
+    assert count_deaths(kill_at) > 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_deleting(box: ZygoteBox, when: str) -> None:
+    def kill_at(number: int) -> bool:
+        box.call("disk_create", name=NAME, size="1M")
+        died = die(box, Death("transaction", number, when), "disk_delete", disk=NAME)
+        if is_there(box):
+            assert died
+            box.call("disk_delete", disk=NAME)
+        check_accounted(box)
+        return died
+
+    assert count_deaths(kill_at) > 0

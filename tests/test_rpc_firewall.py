@@ -1,0 +1,76 @@
+"""The firewall as a daemon keeps it: through vms that come and go, a flush, and its own death."""
+
+import signal
+import subprocess
+
+from daemon_process import Box
+
+
+def ruleset(box: Box) -> str:
+    command = ["ip", "netns", "exec", box.namespace, "nft", "list", "ruleset"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def nft(box: Box, text: str) -> None:
+    command = ["ip", "netns", "exec", box.namespace, "nft", "-f", "-"]
+    subprocess.run(command, input=text, check=True, text=True)
+
+
+def ports_of(box: Box) -> dict[str, str]:
+    """Give which taps may send, each with its bridge's entry for the MAC behind it."""
+    shown = subprocess.run(
+        ["bridge", "-n", box.namespace, "fdb", "show"], check=True, capture_output=True, text=True
+    ).stdout
+    entries = [line.split() for line in shown.splitlines() if line.endswith("static")]
+    return {words[2]: words[0] for words in entries}
+
+
+def test_a_vm_may_send_from_its_creation_to_its_end(box: Box) -> None:
+    web, db = box.create("web"), box.create("db")
+    assert ports_of(box) == {"osctap0": web["mac"], "osctap1": db["mac"]}
+    rules = ruleset(box)
+    assert f'"osctap0" . {web["mac"]} . {web["ip"]}' in rules
+    assert f'"osctap1" . {db["mac"]} . {db["ip"]}' in rules
+    box.call("vm_stop", vm="web", force=True)
+    assert ruleset(box) == rules
+    box.call("vm_delete", vm="web", force=True)
+    assert "osctap0" not in ruleset(box)
+    assert f'"osctap1" . {db["mac"]} . {db["ip"]}' in ruleset(box)
+    api = box.create("api")
+    assert ports_of(box)["osctap0"] == api["mac"]
+    assert web["mac"] not in ruleset(box)
+
+
+def test_tables_are_put_back_when_somebody_flushes_or_changes_them(box: Box) -> None:
+    box.create("web")
+    rules = ruleset(box)
+    for change in (
+        "flush ruleset\n",
+        "delete table bridge oscloud\n",
+        "flush chain inet oscloud forward\n",
+        "insert rule inet oscloud input accept\n",
+        'add element inet oscloud isolated { "oscbr0" }\n',
+    ):
+        nft(box, change)
+        box.until(lambda: ruleset(box) == rules, f"the end of {change}")
+    others = 'table ip theirs { chain x { iifname "oscbr0" accept; }; }\n'
+    nft(box, others)
+    nft(box, "flush ruleset\n" + others)
+    box.until(lambda: "table inet oscloud" in ruleset(box), "our own tables")
+    assert "table ip theirs" in ruleset(box)
+
+
+def test_tables_are_right_again_after_a_daemon_has_died(box: Box) -> None:
+    box.create("web")
+    rules = ruleset(box)
+    box.end(signal.SIGKILL)
+    nft(box, "flush ruleset\n")
+    box.start()
+    box.until(lambda: ruleset(box) == rules, "the tables of an adopted vm")
+
+
+def test_a_vm_that_is_made_when_the_tables_are_gone_brings_them_back(box: Box) -> None:
+    box.create("web")
+    nft(box, "flush ruleset\n")
+    db = box.create("db")
+    assert f'"osctap1" . {db["mac"]} . {db["ip"]}' in ruleset(box)
