@@ -119,6 +119,8 @@ def describe(event: Event) -> str:
         return describe_state(data)
     if event.get("kind") == "disk":
         return f"{data.get('change')}: {format_value('size', data.get('size'))}"
+    if event.get("kind") == "port":
+        return f"port {data.get('port')} {data.get('change')}"
     return str(data.get("message") or json.dumps(data, ensure_ascii=False))
 
 

@@ -125,20 +125,35 @@ def vm_rename(session: Session, vm: str, name: str, *, as_json: bool) -> None:
 @click.command("vm-wait")
 @vms_argument
 @click.option(
-    "--state", default="ready", show_default=True, metavar="STATE",
-    help="ready (its ssh server answers), or a state such as RUNNING or STOPPED.",
+    "--state", metavar="STATE",
+    help="ready (its ssh server answered), or a state such as RUNNING or STOPPED."
+    "  [default: ready]",
+)  # fmt: skip
+@click.option(
+    "--for", "sign", metavar="SIGN",
+    help="What the guest shows now: address (it answers at its address), ssh (its ssh server"
+    " greets) or port:80 (it accepts connections there); or a state.",
 )  # fmt: skip
 @timeout_option(60, "Give up after this long.")
 @json_option
 @socket_option
 @pass_session
 def vm_wait(
-    session: Session, vms: tuple[str, ...], state: str, timeout: float, *, as_json: bool
+    session: Session,
+    vms: tuple[str, ...],
+    state: str | None,
+    sign: str | None,
+    timeout: float,
+    *,
+    as_json: bool,
 ) -> int:
-    """Wait until vms are ready or in a given state."""
+    """Wait until vms are ready, in a given state, or answer."""
     if not vms:
         raise click.UsageError("which vm? Name one or more")
-    wanted = "ready" if state.lower() == "ready" else state.upper()
+    if state is not None and sign is not None:
+        raise click.UsageError("--state and --for exclude each other")
+    wanted = sign or ("ready" if state is None or state.lower() == "ready" else state.upper())
+    given: dict[str, Any] = {"state": wanted} if sign is None else {"for": sign}
     found: list[dict[str, Any]] = []
     status = run_on_each(
         session,
@@ -147,7 +162,7 @@ def vm_wait(
             "vm_wait",
             timeout_seconds=timeout + ANSWER_MARGIN_SECONDS,
             vm=vm,
-            state=wanted,
+            **given,
             timeout=timeout,
         ),
         done=found.append,

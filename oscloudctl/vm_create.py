@@ -16,7 +16,7 @@ from oscloudctl.session import (
     pass_session,
     socket_option,
 )
-from oscloudctl.vm_set import policy_options
+from oscloudctl.vm_set import bandwidth_option, policy_options
 from oscloudd.errors import InvalidArgumentError
 
 DEFAULT_IMAGE = "debian_12"
@@ -57,7 +57,13 @@ wait_option = click.option(
 @click.option("--no-ssh-key", is_flag=True, help="Put no key in.")
 @click.option("--password", metavar="WORD", help='Root\'s password; "-" asks for it.')
 @click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
+@click.option(
+    "--publish", multiple=True, metavar="HOSTPORT:GUESTPORT",
+    help="Forward a port of this host to it, such as 8080:80 or 0.0.0.0:5353:53/udp, where"
+    " 0.0.0.0 is for everybody; several times for several.  [address: 127.0.0.1]",
+)  # fmt: skip
 @policy_options
+@bandwidth_option
 @click.option(
     "--warm", type=click.Choice(["auto", "off", "only"]),
     help="Begin where a template that was booted once stands: if there is one, never, or not at"
@@ -79,6 +85,7 @@ def vm_create(
     image: str | None,
     disk: str | None,
     wait: str | None,
+    publish: tuple[str, ...],
     *,
     no_ssh_key: bool,
     no_wait: bool,
@@ -94,6 +101,7 @@ def vm_create(
         params |= {"image": image, "disk": parse_target(disk)}
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
+    params["publish"] = list(publish) or None
     params["user_data"] = _read_user_data(user_data)
     chosen = choose_wait(wait, no_wait=no_wait)
     answer = call_job(

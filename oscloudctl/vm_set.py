@@ -30,9 +30,17 @@ def policy_options(function: Decorated) -> Decorated:
     return autostart(restart(function))
 
 
+def bandwidth_option(function: Decorated) -> Decorated:
+    """Add `--bandwidth`."""
+    return click.option(
+        "--bandwidth", metavar="RATE",
+        help="How many bits a second it may send, and receive, such as 100M; none for any number.",
+    )(function)  # fmt: skip
+
+
 def _describe(vm: dict[str, Any], given: dict[str, Any]) -> str:
     """Say how a vm is now: its policies, and what else was given."""
-    shown = ["cpus", "mem_size", "protect"]
+    shown = ["cpus", "mem_size", "protect", "bandwidth"]
     keys = [*(key for key in shown if key in given), "autostart", "restart"]
     return ", ".join(f"{_WORDS.get(key, key)} {format_value(key, vm.get(key))}" for key in keys)
 
@@ -43,6 +51,7 @@ def _describe(vm: dict[str, Any], given: dict[str, Any]) -> str:
 @click.option("--cpus", type=int, metavar="N", help="Virtual processors, while it is off.")
 @click.option("--mem-size", metavar="SIZE", help="Memory, such as 2G, while it is off.")
 @policy_options
+@bandwidth_option
 @click.option("--protect", type=click.Choice(["no", "yes"]), help="Refuse to delete it.")
 @output_options
 @socket_option

@@ -10,6 +10,10 @@ from oscloudd.errors import InvalidArgumentError
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)")
 
+_RATE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_RATE = re.compile(r"([0-9]{1,13})([KMG]?)", re.ASCII)
+_LEAST_RATE, _MOST_RATE = 64 * 10**3, 10**12
+
 # 2^63 - 1: the largest INTEGER of SQLite and the largest offset qemu-img takes.
 MAX_SIZE_BYTES = (1 << 63) - 1
 
@@ -44,6 +48,22 @@ def _bad_size(value: object, parameter: str) -> InvalidArgumentError:
         hint='give bytes as a number, or a string such as "512M" or "10G"',
         parameter=parameter,
     )
+
+
+def parse_rate(value: int | str, *, parameter: str) -> int:
+    """Give the bits a second meant by `value`; a string takes K, M or G, decimal as networks' are.
+
+    Raises InvalidArgumentError naming `parameter` for anything below 64K or above 1000G.
+    """
+    match = _RATE.fullmatch(str(value).strip().upper())
+    rate = int(match[1]) * _RATE_UNITS[match[2]] if match is not None else 0
+    if isinstance(value, bool) or not _LEAST_RATE <= rate <= _MOST_RATE:
+        raise InvalidArgumentError(
+            f"{parameter} {value!r:.60} is no rate",
+            hint='bits a second between 64K and 1000G, such as "100M"',
+            parameter=parameter,
+        )
+    return rate
 
 
 def format_size(size_bytes: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from daemon_process import Box, Line, RpcError
 from fake_qemu import TORN
 
+from oscloudd.host.network.name_server import is_installed
+
 SETTLE_SECONDS = 20.0
 
 
@@ -54,6 +56,9 @@ def expected_traces(box: Box) -> dict[str, Any]:
             f"state/disks/{vm['disk']}/suspended" for vm in vms if vm["state"] == "SUSPENDED"
         ),
         "logs": sorted(logs),
+        "names": sorted(f"run/names/oscbr0/hosts/{vm['id']}" for vm in vms if is_installed()),
+        "port rows": sorted((vm["id"], spec) for vm in vms for spec in vm["ports"]),
+        "forwarded ports": sorted(rule_of(spec, vm["ip"]) for vm in vms for spec in vm["ports"]),
     }
     return {name: what for name, what in expected.items() if what}
 
@@ -68,6 +73,14 @@ def needed_layers(box: Box) -> list[int]:
             needed.add(layer)
             layer = parents[layer]
     return sorted(needed)
+
+
+def rule_of(spec: str, guest_address: str) -> str:
+    """Give what the host's rules say of a port that `vm_info` shows."""
+    address, port, rest = spec.split(":")
+    guest_port, protocol = rest.split("/")
+    key = f"{protocol} . {port}" if address == "0.0.0.0" else f"{address} . {protocol} . {port}"
+    return f"{key} : {guest_address} . {guest_port}"
 
 
 def seen_traces(box: Box) -> dict[str, Any]:

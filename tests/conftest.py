@@ -15,6 +15,7 @@ ON_BOTH_DATABASES = {
     "test_rpc_events",
     "test_rpc_jobs",
     "test_rpc_policies",
+    "test_rpc_ports",
     "test_rpc_recovery",
     "test_rpc_vm",
 }

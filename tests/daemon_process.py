@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -292,6 +293,24 @@ class Box:
         )
         return [line.split()[3] for line in shown.stdout.splitlines()]
 
+    def forwarded_ports(self) -> list[str]:
+        """Give what the host's rules forward, as `host address . protocol . port : guest`."""
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self.namespace,
+            "nft",
+            "list",
+            "table",
+            "ip",
+            "oscloud_ports",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return sorted(
+            re.findall(r"[0-9a-z][0-9a-z. ]+ : [0-9. ]+[0-9]", done.stdout.replace("=", ""))
+        )
+
     def traces(self) -> dict[str, Any]:
         """Give all there is of vms anywhere, in a form that compares; empty when there is none."""
         # The job of a vm that was deleted ends a moment after the answer to that.
@@ -307,8 +326,11 @@ class Box:
             "unfinished jobs": self.rows("SELECT id, kind FROM job WHERE state = 'RUNNING'"),
             "taps": sorted(name for name in names if "tap" in name or "oscwarm" in name),
             "addresses": sorted(neighbour["dst"] for neighbour in neighbours),
-            "ports": sorted(self._listeners()),
+            # A network's name server is there as long as its daemon.
+            "ports": sorted(each for each in self._listeners() if not each.endswith(":53")),
             "processes": sorted(self.qemus()),
+            "port rows": sorted(self.rows("SELECT vm_id, spec FROM port")),
+            "forwarded ports": self.forwarded_ports(),
         }
         for name, pattern in (
             ("run directories", "run/vms/*"),
@@ -319,6 +341,7 @@ class Box:
             ("saved memory", "state/disks/*/suspended*"),
             ("logs", "log/*"),
             ("temporary files", "tmp/*"),
+            ("names", "run/names/*/hosts/*"),
             ("warm images being made", "state/warm/.*"),
             ("their run directories", "run/warm/*"),
         ):
@@ -351,6 +374,7 @@ class Box:
             self.daemon.kill()
             self.daemon.wait()
             pids = self.qemus()
+        pids += [int(path.read_text()) for path in self.root.glob("run/names/*/pid")]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -239,6 +239,7 @@ def open_cloud(
     if os.geteuid() != 0:
         pytest.skip("namespaces need root")
     root = Path(tempfile.mkdtemp(prefix="oscloud-guest-"))
+    root.chmod(0o755)  # the name server's user reads below it
     name = f"osc-{root.name.rpartition('-')[2]}".replace(".", "")
     subprocess.run([NETNS, "up", name], check=True, stdout=subprocess.DEVNULL)
     try:

@@ -39,6 +39,9 @@ TEMPLATE = {"name": "tiny", "description": "for tests", "os": "BusyBox", "source
             "state": "READY", "size": 30 << 20, "digest": "ab", "built_at": 0, "used_by": 2,
             "identity": "serial"}  # fmt: skip
 
+PORT = {"name": "127.0.0.1:8080/tcp", "vm": "web", "protocol": "tcp", "host_address": "127.0.0.1",
+        "host_port": 8080, "guest_address": "192.168.0.2", "guest_port": 80}  # fmt: skip
+
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
@@ -46,7 +49,7 @@ def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
     stub.answers.update(
         vm_list=[VM, STOPPED], vm_info=VM, disk_list=[DISK], disk_info=DISK,
         network_list=[NETWORK], network_info=NETWORK, template_list=[TEMPLATE],
-        template_info=TEMPLATE,
+        template_info=TEMPLATE, port_list=[PORT], port_add=PORT, port_delete=PORT,
     )  # fmt: skip
     yield stub
     stub.close()
@@ -94,6 +97,7 @@ def test_an_empty_list_says_what_to_do_and_prints_nothing(
         (("disk-list",), [DISK], "1\n"),
         (("network-list",), [NETWORK], "1\n"),
         (("template-list",), [TEMPLATE], "tiny\n"),
+        (("port-list",), [PORT], "127.0.0.1:8080/tcp\n"),
         (("vm-info", "web"), VM, "1\n"),
         (("disk-info", "1"), DISK, "1\n"),
         (("network-info", "default"), NETWORK, "1\n"),
@@ -412,9 +416,12 @@ def test_vm_wait(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     daemon.answers["vm_wait"] = VM
     assert ctl("vm-wait", "web").stdout == "web: ready\n"
     ctl("vm-wait", "1", "--state", "stopped", "--timeout", "0.5")
+    assert ctl("vm-wait", "1", "--for", "port:80").stdout == "web: port:80\n"
+    assert "exclude" in ctl("vm-wait", "1", "--for", "ssh", "--state", "ready", status=2).stderr
     assert daemon.calls == [
         ("vm_wait", {"vm": "web", "state": "ready", "timeout": 60}),
         ("vm_wait", {"vm": 1, "state": "STOPPED", "timeout": 0.5}),
+        ("vm_wait", {"vm": 1, "for": "port:80", "timeout": 60}),
     ]
 
 
@@ -618,3 +625,45 @@ def test_a_list_loads_only_what_it_needs(ctl: Oscloudctl, daemon: StubDaemon) ->
     loaded = set(done.stderr.splitlines())
     assert "oscloudctl.vm" in loaded
     assert loaded & heavy == set()
+
+
+# Ports
+
+
+def test_ports_are_forwarded_listed_and_deleted(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    done = ctl("port-add", "web", "8080:80", "0.0.0.0:81:81/udp")
+    assert done.stdout == "127.0.0.1:8080/tcp leads to port 80 of web\n" * 2
+    assert json.loads(ctl("port-add", "1", "8080:80", "--json").stdout) == PORT
+    assert ctl("port-list", "web").stdout.splitlines() == [
+        "NAME                VM   GUEST        GUEST_PORT",
+        "127.0.0.1:8080/tcp  web  192.168.0.2  80",
+    ]
+    done = ctl("port-delete", "8080")
+    assert done.stdout == "127.0.0.1:8080/tcp leads no longer to port 80 of web\n"
+    assert daemon.calls == [
+        ("port_add", {"vm": "web", "port": "8080:80"}),
+        ("port_add", {"vm": "web", "port": "0.0.0.0:81:81/udp"}),
+        ("port_add", {"vm": 1, "port": "8080:80"}),
+        ("port_list", {"vm": "web"}),
+        ("port_delete", {"port": "8080"}),
+    ]
+
+
+def test_ports_go_on_after_one_that_fails(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.fail("port_add", InUseError("port 127.0.0.1:8080/tcp is in use"))
+    done = ctl("port-add", "web", "8080:80", "8081:80", status=6)
+    assert done.stderr.count("is in use") == 2
+    for command in (("port-add", "web"), ("port-delete",)):
+        assert "which port?" in ctl(*command, status=2).stderr
+    daemon.answers["port_list"] = []
+    done = ctl("port-list")
+    assert done.stdout == ""
+    assert "oscloudctl port-add" in done.stderr
+
+
+def test_a_vm_is_made_with_ports(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.answers["vm_create"] = VM
+    ctl("vm-create", "web", "--publish", "8080:80", "--publish", "443:443")
+    ctl("vm-create", "web")
+    given = [params.get("publish") for method, params in daemon.calls if method == "vm_create"]
+    assert given == [["8080:80", "443:443"], None]

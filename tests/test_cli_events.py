@@ -85,6 +85,8 @@ def test_a_line_has_time_number_kind_name_and_words(ctl: Oscloudctl, daemon: Stu
         ({"kind": "job", "job": 7, "data": {"kind": "vm_stop", "state": "FAILED",
                                             "stage": "stopping", "message": "qemu hangs"}},
          "job 7 vm_stop FAILED: qemu hangs"),
+        ({"kind": "port", "data": {"port": "127.0.0.1:8080:80/tcp", "change": "added"}},
+         "port 127.0.0.1:8080:80/tcp added"),
         ({"kind": "warning", "data": {"message": "the disk is nearly full"}},
          "the disk is nearly full"),
         ({"kind": "of the future", "data": {"x": 1}}, '{"x": 1}'),

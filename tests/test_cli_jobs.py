@@ -241,6 +241,13 @@ def test_vm_set(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     ]  # fmt: skip
 
 
+def test_vm_set_of_a_bandwidth(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.answers["vm_set"] = {**VM, "bandwidth": 100_000_000}
+    shown = ctl("vm-set", "web", "--bandwidth", "100M").stdout
+    assert shown == "web: bandwidth 100000000, autostart no, restart no\n"
+    assert daemon.params_of("vm_set") == [{"vm": "web", "bandwidth": "100M"}]
+
+
 @pytest.mark.parametrize("arguments", [("web",), ("--autostart", "yes"), ("web", "--restart", "x")])
 def test_vm_set_of_nothing(ctl: Oscloudctl, daemon: StubDaemon, arguments: tuple[str, ...]) -> None:
     assert ctl("vm-set", *arguments, status=2).stderr.startswith("Error: ")

@@ -23,7 +23,7 @@ from oscloudd.host.network.bridge_ports import guard_port
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
 from oscloudd.host.network.firewall import apply_ruleset, ensure_forwarding
 from oscloudd.host.network.nft_events import TableEvents
-from oscloudd.host.network.ruleset import GuestNetwork, GuestPort, build_elements
+from oscloudd.host.network.ruleset import TABLE, GuestNetwork, GuestPort, build_elements
 from oscloudd.host.network.set_elements import add_elements, delete_elements
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
@@ -452,7 +452,7 @@ def test_a_change_by_another_is_heard_of_and_one_of_our_own_is_not() -> None:
         subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
 
     async def scenario() -> None:
-        changes = TableEvents()
+        changes = TableEvents(TABLE)
         with changes.own_change():
             await apply_ruleset(NETWORKS, PORTS)
         with changes.own_change():

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 
 from oscloudd.errors import AlreadyExistsError, HostError, NotFoundError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
+from oscloudd.host.network.counters import read_guest_traffic
 from oscloudd.host.network.firewall import (
     apply_ruleset,
     find_missing_tables,
@@ -187,6 +189,31 @@ def test_tap_is_ready_sooner_than_one_run_of_ip() -> None:
     for descriptor in descriptors:
         os.close(descriptor)
     assert statistics.median(ours) < statistics.median(theirs)
+
+
+@in_namespace
+def test_what_a_guest_sends_and_receives_is_counted() -> None:
+    assert read_guest_traffic("tap0") is None
+    asyncio.run(ensure_bridge(BRIDGE))
+    tap_fd = open_tap("tap0", BRIDGE.name)
+    header = bytes(10)  # struct virtio_net_hdr: nothing to offload
+    for size in (100, 200):
+        os.write(tap_fd, header + bytes(size))
+    traffic = read_guest_traffic("tap0")
+    assert traffic is not None
+    assert (traffic.tx_packets, traffic.tx_bytes) == (2, 300)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        host.sendto(bytes(1000), ("192.168.255.255", 9))
+    # The kernel counts what qemu has taken, which is there by now.
+    while len(os.read(tap_fd, 4096)) < 1042:
+        pass
+    traffic = read_guest_traffic("tap0")
+    assert traffic is not None
+    assert traffic.rx_packets >= 1
+    assert traffic.rx_bytes >= 1042
+    os.close(tap_fd)
+    assert read_guest_traffic("tap0") is None
 
 
 @in_namespace

@@ -1,5 +1,6 @@
 """What is said to `ip` and `nft` and read from them: pure functions."""
 
+import tempfile
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from oscloudd.host.network.bridges import Bridge, build_changes, build_creation
 from oscloudd.host.network.firewall import parse_ruleset_bridges
 from oscloudd.host.network.interfaces import check_interface_name
 from oscloudd.host.network.links import Links, Tap, parse_links
+from oscloudd.host.network.name_server import (
+    NameServer,
+    build_name_server,
+    build_names_service,
+    find_barrier,
+)
+from oscloudd.host.network.port_rules import Forward, build_forwards
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import Route, find_overlap, parse_routes
 from oscloudd.host.network.ruleset import GuestNetwork, GuestPort, build_ruleset
@@ -35,6 +43,104 @@ def test_ruleset_is_the_golden_one_whatever_the_order() -> None:
 
 def test_ruleset_without_anybody_has_empty_sets() -> None:
     assert "elements" not in build_ruleset([], [])
+
+
+FORWARDS = """\
+add table ip oscloud_ports
+delete table ip oscloud_ports
+table ip oscloud_ports {
+	map at_one_address {
+		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+		elements = {
+			127.0.0.1 . tcp . 8080 : 192.168.0.2 . 80,
+			127.0.0.1 . tcp . 8081 : 192.168.0.3 . 80
+		}
+	}
+	map everywhere {
+		type inet_proto . inet_service : ipv4_addr . inet_service
+		elements = {
+			udp . 5353 : 192.168.0.2 . 53
+		}
+	}
+	set bridges {
+		type ifname
+		elements = {
+			"oscloud0"
+		}
+	}
+	set guests {
+		type ifname . ipv4_addr; flags interval
+		elements = {
+			"oscloud0" . 192.168.0.0/16
+		}
+	}
+	chain filter_prerouting {
+		type filter hook prerouting priority raw; policy accept;
+		iifname != "lo" ip daddr 127.0.0.0/8 drop
+	}
+	chain nat_prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		dnat ip to ip daddr . meta l4proto . th dport map @at_one_address
+		fib daddr type local dnat ip to meta l4proto . th dport map @everywhere
+	}
+	chain nat_output {
+		type nat hook output priority -100; policy accept;
+		dnat ip to ip daddr . meta l4proto . th dport map @at_one_address
+		fib daddr type local dnat ip to meta l4proto . th dport map @everywhere
+	}
+	chain nat_postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		ct status dnat oifname @bridges ip saddr 127.0.0.0/8 masquerade
+		ct status dnat oifname . ip saddr @guests masquerade
+	}
+}
+"""
+
+
+def forward(text: str, guest: str, guest_port: int) -> Forward:
+    protocol, address, port = text.split()
+    return Forward(
+        protocol, IPv4Address(address), int(port), IPv4Address(guest), guest_port,
+        "oscloud0", IPv4Network("192.168.0.0/16"),
+    )  # fmt: skip
+
+
+def test_rules_of_forwarded_ports() -> None:
+    forwards = [
+        forward("udp 0.0.0.0 5353", "192.168.0.2", 53),
+        forward("tcp 127.0.0.1 8081", "192.168.0.3", 80),
+        forward("tcp 127.0.0.1 8080", "192.168.0.2", 80),
+    ]
+    assert build_forwards(forwards) == FORWARDS
+    assert build_forwards([]) == "add table ip oscloud_ports\ndelete table ip oscloud_ports\n"
+
+
+def test_a_name_server_is_confined_by_systemd() -> None:
+    server = NameServer("oscbr0", IPv4Address("192.168.0.1"), Path("/run/oscloud/names/oscbr0"))
+    argv = build_name_server(server, "dnsmasq")
+    assert argv == [
+        "dnsmasq", "--conf-file=/dev/null", "--user=dnsmasq",
+        "--pid-file=/run/oscloud/names/oscbr0/pid", "--interface=oscbr0", "--except-interface=lo",
+        "--bind-dynamic", "--no-hosts", "--hostsdir=/run/oscloud/names/oscbr0/hosts",
+        "--local=/oscloud/", "--domain-needed",
+    ]  # fmt: skip
+    service = build_names_service(argv, server)
+    assert service[:4] == ["systemd-run", "--quiet", "--collect", f"--unit={server.unit}"]
+    assert service[service.index("--") + 1 :] == argv
+    assert "--property=TemporaryFileSystem=/run/oscloud:mode=0755" in service
+    assert "--property=BindPaths=/run/oscloud/names/oscbr0" in service
+
+
+def test_what_keeps_a_name_server_from_its_names_is_found() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        root = Path(top)
+        server = NameServer("oscbr0", IPv4Address("192.168.0.1"), root / "run/names/oscbr0")
+        server.hosts.mkdir(parents=True)
+        assert find_barrier(server) == root
+        root.chmod(0o755)
+        assert find_barrier(server) is None
+        (root / "run").chmod(0o750)
+        assert find_barrier(server) == root / "run"
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ COPYING = {"vm": "web", "name": "copy", "ip": COPY_ADDRESS}
 FIRST = {"vm": "web", "snapshot": "first"}
 CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
+    "publish": ["8080:80", "0.0.0.0:5353:53/udp"],
 }  # fmt: skip
 ON_DISK = {"name": "web", "ip": ADDRESS, "mem_size": "64M", "disk": "data", "wait": "ready"}
 ON_WEB = {"vm": "web", "disk": "data"}

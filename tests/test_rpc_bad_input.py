@@ -345,6 +345,8 @@ BAD_CALLS: list[tuple[str, dict[str, Any]]] = [
     *(("vm_stop", {"force": value}) for value in (1, "yes", None)),
     *(("vm_wait", {"timeout": value}) for value in (-0.1, 1e300, "soon", [])),
     *(("vm_wait", {"state": value}) for value in ("", "asleep", 7, None, "a" * 9999)),
+    *(("vm_wait", {"for": value}) for value in ("", "asleep", 7, "port", "port:0", "port:99999")),
+    ("vm_wait", {"for": "ssh", "state": "STOPPED"}),
     *(("vm_log", {"lines": value}) for value in (0, -1, 1 << 62, "all", 1.5, None)),
     *(("vm_log", {"source": value}) for value in ("", "../../etc/passwd", 7, None)),
     *(("vm_qemu_command", {"command": value}) for value in (None, 7, [])),

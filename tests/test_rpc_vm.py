@@ -98,6 +98,15 @@ def test_a_vm_lives_from_create_to_delete(box: Box) -> None:
     assert box.call("vm_info", vm="web")["ip"] == "192.168.0.2"
 
 
+def test_what_its_network_card_has_seen_is_told_of_one_vm(box: Box) -> None:
+    assert "nic" not in box.create("web")
+    seen = box.call("vm_info", vm="web")["nic"]
+    assert set(seen) == {"rx_bytes", "rx_packets", "tx_bytes", "tx_packets"}
+    assert "nic" not in box.call("vm_list")[0]
+    box.call("vm_stop", vm="web", force=True)
+    assert box.call("vm_info", vm="web")["nic"] is None
+
+
 def test_progress_comes_before_the_answer(box: Box) -> None:
     steps: list[dict[str, Any]] = []
     with box.sshd_at("192.168.0.2"):

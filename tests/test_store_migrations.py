@@ -239,7 +239,7 @@ def test_mariadb_gets_the_same_tables(url: str, mariadb: MariaDb) -> None:
         assert read(Database(Path("unused"), url), version) == NEWEST
     name = url.split("/")[3].partition("?")[0]
     found = mariadb.query("SHOW TABLES", database=name)
-    expected = {"disk", "event", "job", "layer", "meta", "network", "snapshot", "vm"}
+    expected = {"disk", "event", "job", "layer", "meta", "network", "port", "snapshot", "vm"}
     assert {table for (table,) in found} == expected
     collations = mariadb.query(
         "SELECT DISTINCT engine, table_collation FROM information_schema.tables"
@@ -301,7 +301,7 @@ def test_a_first_start_on_mariadb_may_be_cut_short_anywhere(
         wanted = wanted or found
         assert found == wanted, done[-1:]
         number = min(number, len(done)) - _STRIDE
-    assert len(wanted) == 8
+    assert len(wanted) == 9
 
 
 def make_version_1(mariadb: MariaDb, name: str) -> None:
@@ -311,6 +311,7 @@ def make_version_1(mariadb: MariaDb, name: str) -> None:
         "DROP TABLE snapshot",
         "DROP TABLE layer",
         "DROP TABLE event",
+        "DROP TABLE port",
         "DELETE FROM meta WHERE name <> 'schema_version'",
         "UPDATE meta SET value = '1'",
         "ALTER TABLE job DROP step, DROP params, DROP attempts, DROP error_kind",
@@ -345,12 +346,13 @@ def test_a_migration_of_mariadb_may_be_cut_short_anywhere_and_keeps_copies(
         versions = {name[: len("before_2_")] for name in between}
         assert len(versions) <= 1
         whole = {version + table for version in versions for table in (*before, "meta", "event")}
-        # Tables without a row yet, which the last one has made before it was cut short.
-        begun = {version + table for version in versions for table in ("layer", "snapshot")}
+        # Tables without a row yet, which the last ones had made before it was cut short.
+        later = ("layer", "snapshot", "port")
+        begun = {version + table for version in versions for table in later}
         assert between - begun == whole
         found = {name: text for name, text in found.items() if name not in between}
         copies = {f"before_1_{table}" for table in before}
-        assert set(found) == {*before, *copies, "event", "layer", "snapshot"}
+        assert set(found) == {*before, *copies, "event", *later}
         wanted = wanted or found
         assert found == wanted, done[-1:]
         number = min(number, len(done)) - _STRIDE

@@ -153,6 +153,32 @@ def test_a_vm_is_in_a_scope_with_its_name_and_limits(host: Host, web: dict[str, 
     host.run("oscloudctl", "vm-rename", "shop", "web")
 
 
+GREETING = """
+import socket, sys
+for port in sys.argv[1:]:
+    with socket.create_connection(("127.0.0.1", int(port)), 60) as client:
+        print(client.recv(4).decode())
+"""
+
+
+def test_ports_and_names_work_as_confined_as_it_is(host: Host, web: dict[str, Any]) -> None:
+    host.run("oscloudctl", "port-add", "web", "2222:22", "0.0.0.0:80:22")
+    assert host.run("python3", "-c", GREETING, "2222", "80").split() == ["SSH-", "SSH-"]
+    doctor = json.loads(host.run("oscloudctl", "daemon-doctor", "--json"))
+    names = next(check for check in doctor["checks"] if check["check"] == "names")
+    assert names["verdict"] == "ok", names
+    unit = "oscloud-names-oscbr0.service"
+    assert host.run("systemctl", "is-active", unit) == "active"
+    assert str(web["ip"]) in host.ssh("web", "nslookup web.oscloud")
+    pid = host.show(unit, "MainPID")
+    host.run("systemctl", "restart", "oscloudd")
+    host.run("systemctl", "kill", "--signal=KILL", "oscloudd")
+    assert host.run("python3", "-c", GREETING, "2222").split() == ["SSH-"]
+    host.run("oscloudctl", "vm-list")
+    assert host.show(unit, "MainPID") == pid
+    host.run("oscloudctl", "port-delete", "2222", "80")
+
+
 def test_the_doctor_says_that_limits_do_not_hold_here(host: Host) -> None:
     doctor = json.loads(host.run("oscloudctl", "daemon-doctor", "--json"))
     assert doctor["ok"]

@@ -21,6 +21,9 @@ from oscloudd.api.params import (
     NetworkCreateParams,
     NetworkParams,
     Params,
+    PortAddParams,
+    PortListParams,
+    PortParams,
     SnapshotCreateParams,
     SnapshotParams,
     SnapshotRestoreParams,
@@ -44,17 +47,19 @@ from oscloudd.api.params import (
     check_limit,
     check_seconds,
     check_since,
-    check_wait_state,
+    check_wait,
 )
 from oscloudd.cloud.cloud import Cloud
 from oscloudd.cloud.disks import DiskRequest
 from oscloudd.cloud.jobs import Order
+from oscloudd.cloud.port_specs import parse_name, parse_spec
 from oscloudd.cloud.vm_clone import CloneRequest
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.guest.readiness import Sign
 from oscloudd.host.keys import check_public_key
-from oscloudd.units import check_name, parse_size
+from oscloudd.units import check_name, parse_rate, parse_size
 
 _MAX_LOG_LINES = 100_000
 # The longest of qemu 7.2 has 37 characters.
@@ -160,6 +165,7 @@ async def _vm_set(cloud: Cloud, params: VmSetParams, caller: Caller) -> object:
         autostart=params.autostart,
         restart=params.restart,
         protect=params.protect,
+        bandwidth=_parse_bandwidth(params.bandwidth),
     )
     if settings == VmSettings():
         names = ", ".join(VmSettings.__struct_fields__)
@@ -192,10 +198,18 @@ async def _snapshot_delete(cloud: Cloud, params: SnapshotParams, caller: Caller)
     return await cloud.snapshots.delete(params.vm, params.snapshot, order)
 
 
+def _parse_bandwidth(value: int | str | None) -> int | None:
+    if value is None or value == "none":
+        return None if value is None else 0
+    return parse_rate(value, parameter="bandwidth")
+
+
 async def _vm_wait(cloud: Cloud, params: VmWaitParams, caller: Caller) -> object:
     seconds = check_seconds(params.timeout, parameter="timeout")
-    state = check_wait_state(params.state)
-    return await caller.unless_gone(cloud.vms.wait(params.vm, state, seconds))
+    wanted = check_wait(params)
+    if isinstance(wanted, Sign):
+        return await caller.unless_gone(cloud.vms.wait_sign(params.vm, wanted, seconds))
+    return await caller.unless_gone(cloud.vms.wait(params.vm, wanted, seconds))
 
 
 async def _vm_log(cloud: Cloud, params: VmLogParams, _caller: Caller) -> object:
@@ -219,6 +233,14 @@ async def _vm_qemu_command(cloud: Cloud, params: VmQemuCommandParams, _caller: C
             parameter="command",
         )
     return await cloud.vms.qemu_command(params.vm, params.command, params.arguments)
+
+
+async def _port_add(cloud: Cloud, params: PortAddParams, _caller: Caller) -> object:
+    return await cloud.ports.add(params.vm, parse_spec(params.port, parameter="port"))
+
+
+async def _port_delete(cloud: Cloud, params: PortParams, _caller: Caller) -> object:
+    return await cloud.ports.delete(parse_name(str(params.port), parameter="port"))
 
 
 async def _disk_create(cloud: Cloud, params: DiskCreateParams, caller: Caller) -> object:
@@ -336,6 +358,11 @@ METHODS: dict[str, Method] = {
     "network_delete": Method(
         NetworkParams, lambda cloud, params, _: cloud.network_maker.delete(params.network)
     ),
+    "port_add": Method(PortAddParams, _port_add),
+    "port_list": Method(
+        PortListParams, lambda cloud, params, _: cloud.ports.list(params.vm), is_list=True
+    ),
+    "port_delete": Method(PortParams, _port_delete),
     "template_list": Method(Params, lambda cloud, _, __: cloud.templates.list(), is_list=True),
     "template_info": Method(
         TemplateParams, lambda cloud, params, _: cloud.template_info(params.template)
@@ -358,6 +385,7 @@ METHODS: dict[str, Method] = {
 def build_request(params: VmCreateParams, image: str, password: str) -> VmRequest:
     """Check what can be checked without looking at anything; raises InvalidArgumentError."""
     keys = [params.ssh_key] if isinstance(params.ssh_key, str) else params.ssh_key
+    ports = [params.publish] if isinstance(params.publish, str) else params.publish
     _check_cpus(params.cpus)
     chosen = password if params.password is None else params.password
     if not chosen.isprintable() or len(chosen) > _MAX_PASSWORD_LENGTH:
@@ -387,6 +415,8 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         autostart=params.autostart,
         restart=params.restart,
         warm=params.warm,
+        publish=tuple(parse_spec(port, parameter="publish") for port in ports),
+        bandwidth=_parse_bandwidth(params.bandwidth) or 0,
     )
 
 

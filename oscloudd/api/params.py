@@ -1,10 +1,12 @@
 """The parameters of every method: names, types and defaults, checked before anything happens."""
 
+import re
 from typing import Any, Literal
 
 import msgspec
 
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.guest.readiness import Sign
 from oscloudd.units import MAX_SIZE_BYTES, is_possible_id
 
 Key = int | str
@@ -13,6 +15,8 @@ Restart = Literal["no", "on-failure", "always"]
 _STATES = (
     "ready", "RUNNING", "STOPPED", "SUSPENDED", "PAUSED", "CRASHED", "UNRESPONSIVE", "ERROR",
 )  # fmt: skip
+_SIGNS = ("address", "ssh")
+_SIGN_PORT = re.compile(r"port:([0-9]{1,5})", re.ASCII)
 # An answer of ten thousand jobs has about 3 MiB.
 _MAX_LIMIT = 10_000
 _MAX_REASON_LENGTH = 240
@@ -58,6 +62,24 @@ class NetworkParams(Params, frozen=True):
     """A network by id or name."""
 
     network: Key
+
+
+class PortAddParams(VmParams, frozen=True):
+    """A vm, and what leads to it: `[ADDRESS:]HOSTPORT:GUESTPORT[/tcp|udp]`."""
+
+    port: str
+
+
+class PortListParams(Params, frozen=True):
+    """A vm whose forwarded ports to list, or all."""
+
+    vm: Key | None = None
+
+
+class PortParams(Params, frozen=True):
+    """A forwarded port by its host's side: `[ADDRESS:]HOSTPORT[/tcp|udp]`."""
+
+    port: int | str
 
 
 class NetworkCreateParams(Params, frozen=True):
@@ -124,6 +146,8 @@ class VmCreateParams(Params, frozen=True):
     autostart: Autostart = "no"
     restart: Restart = "no"
     warm: Literal["auto", "off", "only"] | None = None
+    publish: str | list[str] = []
+    bandwidth: int | str | None = None
 
 
 class VmCloneParams(VmParams, frozen=True):
@@ -139,13 +163,17 @@ class VmCloneParams(VmParams, frozen=True):
 
 
 class VmSetParams(VmParams, frozen=True):
-    """A vm and what is to be different about it; what is left out stays."""
+    """A vm and what is to be different about it; what is left out stays.
+
+    A `bandwidth` of "none" takes the limit away.
+    """
 
     name: str | None = None
     cpus: int | None = None
     mem_size: int | str | None = None
     autostart: Autostart | None = None
     restart: Restart | None = None
+    bandwidth: int | str | None = None
     protect: bool | None = None
 
 
@@ -198,9 +226,13 @@ class SnapshotRestoreParams(SnapshotParams, frozen=True):
 
 
 class VmWaitParams(VmParams, frozen=True):
-    """A vm, what to wait for, and how many seconds."""
+    """A vm, what to wait for, and how many seconds.
+
+    `for` takes what `state` does and signs of the guest: "address", "ssh", "port:80".
+    """
 
     state: str = "ready"
+    sign: str | None = msgspec.field(name="for", default=None)
     timeout: float = 60.0
 
 
@@ -303,14 +335,28 @@ def check_since(value: int | None) -> int | None:
     return value
 
 
-def check_wait_state(value: str) -> str:
-    """Give a state that can be waited for; raises InvalidArgumentError."""
+def check_wait(params: VmWaitParams) -> str | Sign:
+    """Give the state or the sign that is to be waited for; raises InvalidArgumentError."""
+    if params.sign is None:
+        return _check_state(params.state, "state")
+    if params.state != "ready":
+        raise InvalidArgumentError(
+            "state and for exclude each other", hint="leave one out", parameter="for"
+        )
+    port = _SIGN_PORT.fullmatch(params.sign)
+    if port is not None and 1 <= int(port[1]) <= 65535:
+        return Sign("port", int(port[1]))
+    return Sign(params.sign) if params.sign in _SIGNS else _check_state(params.sign, "for")
+
+
+def _check_state(value: str, parameter: str) -> str:
     # Some letters beyond ASCII have a capital within it.
     state = value.upper() if value.isascii() and value != "ready" else value
     if state not in _STATES:
+        known = _STATES if parameter == "state" else (*_SIGNS, "port:80", *_STATES)
         raise InvalidArgumentError(
-            f"state {value!r:.60} can't be waited for",
-            hint=f"one of: {', '.join(_STATES)}",
-            parameter="state",
+            f"{parameter} {value!r:.60} can't be waited for",
+            hint=f"one of: {', '.join(known)}",
+            parameter=parameter,
         )
     return state

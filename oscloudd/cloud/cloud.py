@@ -24,9 +24,12 @@ from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
+from oscloudd.cloud.ports import Ports
+from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.snapshot_steps import SnapshotSteps
 from oscloudd.cloud.snapshots import Snapshots
@@ -87,8 +90,11 @@ class Cloud:
         self.states = VmStates(database, self.changes)
         self.jobs = Jobs(database, self.changes, count_steps)
         self._firewall = Firewall(database, self.events)
-        self.networks = Networks(config, database, self._firewall)
+        self.names = Names(config, database, self.events)
+        self.networks = Networks(config, database, self._firewall, self.names)
         self.network_maker = NetworkMaker(database, self.networks, self.changes)
+        self.ports = Ports(database, self.changes)
+        self._rates = Rates(database)
         self.templates = Templates(config, database, self.jobs)
         self.disks = Disks(config, database, self.templates, self.jobs)
         data_disks = DataDisks(config, database, self.templates)
@@ -126,7 +132,16 @@ class Cloud:
             self.events,
         )
         steps = SnapshotSteps(
-            config, self.states, self._supervisor, first_starts, slots, suspension, data_disks
+            config,
+            self.states,
+            self._supervisor,
+            first_starts,
+            slots,
+            suspension,
+            data_disks,
+            self.ports,
+            self.names,
+            self._rates,
         )
         operations = Operations(database, self.jobs, steps)
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
@@ -151,6 +166,7 @@ class Cloud:
             self._supervisor,
             operations,
             self._keeper,
+            self._rates,
             self.templates,
         )
         self.creator = VmCreator(
@@ -162,6 +178,7 @@ class Cloud:
             operations,
             self.warm_images,
             self._pool,
+            self.ports,
         )
         self.cloner = VmCloner(database, self.snapshots, self.creator)
         self._reconciler = Reconciler(
@@ -175,6 +192,7 @@ class Cloud:
             self._accelerator,
             self._leftovers,
             self._firewall,
+            self.names,
         )
         self._background: list[asyncio.Task[None]] = []
 
@@ -187,6 +205,8 @@ class Cloud:
         await self._spares.remove_leftovers()
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
+        await self.ports.prepare()
+        await self.names.prepare()
         await self._reconciler.prepare()
 
     def start(self) -> None:
@@ -194,6 +214,8 @@ class Cloud:
         self.creator.prepare()
         for work in (
             self._firewall.keep(),
+            self.ports.keep(),
+            self._rates.keep(),
             self._reconciler.run(),
             self._keep_warm(),
             self._keep_house(),
@@ -209,6 +231,9 @@ class Cloud:
         await self._keeper.close()
         await self.jobs.close()
         await self.creator.close()
+        await self.ports.close()
+        await self.names.close()
+        self._rates.close()
         await self._pool.close()
         await self._supervisor.close()
         self._firewall.close()
@@ -225,6 +250,8 @@ class Cloud:
         """Sweep out what nobody owns and forget what is old, now and then."""
         while True:
             for work in (
+                self.ports.sync,
+                self._rates.sync,
                 self._leftovers.sweep,
                 self.events.prune,
                 self.jobs.prune,

@@ -7,6 +7,7 @@ import msgspec
 
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.templates import Templates
 from oscloudd.config import Config
@@ -54,6 +55,7 @@ class Doctor:
         accelerator: "asyncio.Task[Accelerator]",
         leftovers: Leftovers,
         firewall: Firewall,
+        names: Names,
     ) -> None:
         self._config = config
         self._networks = networks
@@ -62,6 +64,7 @@ class Doctor:
         self._accelerator = accelerator
         self._leftovers = leftovers
         self._firewall = firewall
+        self._names = names
 
     async def examine(self) -> Report:
         """Look at everything; a check that fails is a row, never an error."""
@@ -72,6 +75,7 @@ class Doctor:
             "limits": self._look_at_limits,
             "network": self._look_at_network,
             "firewall": self._look_at_firewall,
+            "names": self._look_at_names,
             "disk": self._look_at_disk,
             "memory": self._look_at_memory,
             "templates": self._look_at_templates,
@@ -155,6 +159,19 @@ class Doctor:
                 "; ".join(obstacle.fix for obstacle in obstacles),
             )
         return "ok", "nothing keeps guests from the outside", ""
+
+    async def _look_at_names(self) -> tuple[Verdict, str, str]:
+        if not self._names.is_available:
+            return (
+                "warning",
+                "guests can't find each other by name: there is no dnsmasq",
+                "apt-get install dnsmasq-base, then restart oscloudd",
+            )
+        troubles = self._names.find_troubles()
+        if troubles:
+            hint = "what has port 53 of the bridge? ss -lnup; what it may not read: chmod o+x"
+            return "warning", f"name servers: {', '.join(troubles)}", hint
+        return "ok", "guests find each other as NAME.oscloud", ""
 
     async def _look_at_disk(self) -> tuple[Verdict, str, str]:
         free = disk_free_bytes(self._config.state_path)

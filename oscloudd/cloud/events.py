@@ -26,6 +26,7 @@ class EventKind(StrEnum):
 
     VM_STATE = "vm_state"  # data: state, reason, wanted_state; state DELETED once it is gone
     JOB = "job"  # data: kind, state, stage, message
+    PORT = "port"  # data: port (as in `vm_info`), change ("added" or "deleted")
     DISK = "disk"  # data: change (deleted, resized), size
     NETWORK = "network"  # data: message
     WARNING = "warning"  # data: message

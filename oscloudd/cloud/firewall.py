@@ -10,19 +10,18 @@ from ipaddress import IPv4Address, IPv4Network
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.states import VmState
+from oscloudd.cloud.table_keeping import keep_table
 from oscloudd.cloud.vm_records import VmRecord
-from oscloudd.errors import CloudError, NotFoundError
+from oscloudd.errors import NotFoundError
 from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
 from oscloudd.host.network.nft_events import TableEvents
-from oscloudd.host.network.ruleset import GuestNetwork, GuestPort, build_elements
+from oscloudd.host.network.ruleset import TABLE, GuestNetwork, GuestPort, build_elements
 from oscloudd.host.network.set_elements import add_elements, delete_elements
 from oscloudd.store.database import Database
 from oscloudd.store.models import Network, Vm
 
 _log = logging.getLogger(__name__)
 
-# When the tables could not be put back.
-_RETRY_SECONDS = 5.0
 _PUT_BACK = "somebody has changed or flushed oscloud's own nft tables, and they are put back"
 
 
@@ -33,7 +32,7 @@ class Firewall:
         self._database = database
         self._events = events
         self._lock = asyncio.Lock()
-        self._changes = TableEvents()
+        self._changes = TableEvents(TABLE)
         self._is_up = False
 
     def close(self) -> None:
@@ -85,19 +84,11 @@ class Firewall:
 
     async def keep(self) -> None:
         """Put the tables back whenever somebody else has changed them, until cancelled."""
-        while True:
-            await self._changes.touched()
-            try:
-                if self._is_up:
-                    await self._put_back()
-            except CloudError as error:
-                _log.warning("oscloud's nft tables can't be put back: %s", error.message)
-                await asyncio.sleep(_RETRY_SECONDS)
-                self._changes.touch()
-            except Exception:
-                _log.exception("the firewall")
+        await keep_table("the firewall", self._changes, self._put_back)
 
     async def _put_back(self) -> None:
+        if not self._is_up:
+            return
         await self.apply()
         _log.warning(_PUT_BACK)
         await self._events.warn("firewall", _PUT_BACK)

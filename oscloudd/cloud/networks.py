@@ -17,6 +17,7 @@ import msgspec
 from oscloudd.cloud.allocation import count_addresses, gateway_of
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.names import Names
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
@@ -103,7 +104,10 @@ def _record(row: Network) -> NetworkRecord:
 class Networks:
     """All networks of this cloud and their bridges on this host."""
 
-    def __init__(self, config: Config, database: Database, firewall: Firewall) -> None:
+    def __init__(
+        self, config: Config, database: Database, firewall: Firewall, names: Names
+    ) -> None:
+        self._names = names
         self._config = config
         self._database = database
         self._firewall = firewall
@@ -154,6 +158,8 @@ class Networks:
                 await asyncio.to_thread(ensure_forwarding)
                 await self._firewall.apply()
                 self._known_up.add(network.id)
+            if not network.dns:
+                await self._names.serve(network.bridge, network.subnet, isolated=network.isolated)
             self._checked[network.id] = now
 
     async def admit(self, vm: VmRecord) -> None:
@@ -182,6 +188,7 @@ class Networks:
         async with self._host:
             network = await self._database.run(take_row)
             self._checked.pop(network.id, None)
+            await self._names.end(network.bridge)
             await remove_bridge(network.bridge)
             if network.id in self._known_up:
                 self._known_up.remove(network.id)
@@ -190,8 +197,10 @@ class Networks:
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
         """Give the name servers its guests are told; isolated ones reach none but their own."""
-        if network.dns or network.isolated:
-            return network.dns
+        if network.dns or self._names.is_available:
+            return network.dns or (network.gateway,)
+        if network.isolated:
+            return ()
         return tuple(str(address) for address in host_resolvers())
 
     async def list(self) -> list[NetworkInfo]:

@@ -25,6 +25,8 @@ from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.operations import OPERATIONS, Operations
+from oscloudd.cloud.port_specs import PortSpec
+from oscloudd.cloud.ports import Ports, insert_ports
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import VmState, WantedState
 from oscloudd.cloud.template_files import Declaration, ReadyTemplate
@@ -88,6 +90,8 @@ class VmRequest:
     restart: str = "no"
     warm: str | None = None
     original: Original | None = None
+    publish: tuple[PortSpec, ...] = ()
+    bandwidth: int = 0
 
 
 class VmCreator:
@@ -103,8 +107,10 @@ class VmCreator:
         operations: Operations,
         warm_images: WarmImages,
         pool: WarmPool,
+        ports: Ports,
     ) -> None:
         self._config = config
+        self._ports = ports
         self._database = database
         self._networks = networks
         self._templates = templates
@@ -145,7 +151,8 @@ class VmCreator:
         self, request: VmRequest, template: ReadyTemplate, warm: WarmImage | None, order: Order
     ) -> VmInfo | JobInfo:
         key = await self._keys.take()
-        row = await self._insert(request, template, warm, key, order)
+        async with self._ports.reserving(request.publish):
+            row = await self._insert(request, template, warm, key, order)
         job, task = await self._operations.begin_made(row, order)
         task.add_done_callback(lambda _done: self._keys.prepare())
         if request.wait == "none" or not order.wait:
@@ -291,7 +298,7 @@ class VmCreator:
             )
         network = self._check_can_reserve(request)
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
-        given = _allocate(network, request.ip, spare)
+        given = _allocate(network, request.ip, spare, self._ports.host_ports())
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         standing_on = original.warm_image if original is not None else warm and warm.name
@@ -327,9 +334,11 @@ class VmCreator:
             seed_document=build_document(identity) if by_serial else "",
             autostart=request.autostart,
             restart=request.restart,
+            bandwidth=request.bandwidth,
             owner_uid=owner_uid,
             created_at=now,
         )
+        insert_ports(vm.id, vm.name, request.publish)
         return _insert_job(request, vm, None if by_serial else identity, spare)
 
     def _identity(
@@ -359,7 +368,9 @@ class _Given:
     serial_port: int
 
 
-def _allocate(network: NetworkRecord, wanted_ip: str | None, spare: Spare | None) -> _Given:
+def _allocate(
+    network: NetworkRecord, wanted_ip: str | None, spare: Spare | None, host_ports: set[int]
+) -> _Given:
     taken = list(Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples())
     addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
     taps = {tap for _, _, tap, _ in taken}
@@ -369,7 +380,7 @@ def _allocate(network: NetworkRecord, wanted_ip: str | None, spare: Spare | None
     return _Given(
         ip=allocate_address(network.subnet, addresses, wanted_ip, network=network.name),
         tap_index=first_free_index(taps) if spare is None else spare.tap_index,
-        serial_port=first_free_serial_port({port for _, _, _, port in taken}),
+        serial_port=first_free_serial_port(host_ports | {port for _, _, _, port in taken}),
     )
 
 

@@ -10,17 +10,31 @@ from ipaddress import IPv4Network
 from typing import Literal
 
 import msgspec
+from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.states import VmState
 from oscloudd.host.processes import ProcessIdentity, is_same_process
-from oscloudd.store.models import Disk, Network, Vm, database_proxy
+from oscloudd.store.models import Disk, Network, Port, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
 
 
+class NicInfo(msgspec.Struct, frozen=True):
+    """What a running guest has received and sent since its qemu was started."""
+
+    rx_bytes: int
+    rx_packets: int
+    tx_bytes: int
+    tx_packets: int
+
+
 class VmInfo(msgspec.Struct, frozen=True):
-    """The answer of `vm_info`: sizes in bytes, times in seconds since 1970."""
+    """The answer of `vm_info`: sizes in bytes, times in seconds since 1970.
+
+    `bandwidth` is in bits a second, null for no limit. `nic` is in that answer only, and null for
+    a vm that does not run.
+    """
 
     id: int
     name: str
@@ -50,6 +64,9 @@ class VmInfo(msgspec.Struct, frozen=True):
     uuid: str
     ssh_host_keys: list[str]
     timings: dict[str, float]
+    ports: list[str]
+    bandwidth: int | None
+    nic: NicInfo | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class VmRecord(msgspec.Struct, frozen=True):
@@ -93,6 +110,8 @@ class VmRecord(msgspec.Struct, frozen=True):
     protect: int
     timings: str
     created_at: float
+    ports: str | None  # forwarded ones, with commas between
+    bandwidth: int  # bits a second, 0 for any
 
     @property
     def tap(self) -> str:
@@ -155,6 +174,8 @@ _COLUMNS = (
     Vm.protect,
     Vm.timings,
     Vm.created_at,
+    Port.select(fn.GROUP_CONCAT(Port.spec)).where(Port.vm == Vm.id),
+    Vm.bandwidth,
 )
 
 
@@ -222,6 +243,8 @@ def describe(vm: VmRecord) -> VmInfo:
         uuid=vm.uuid,
         ssh_host_keys=vm.host_keys.splitlines(),
         timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
+        ports=sorted(vm.ports.split(",")) if vm.ports else [],
+        bandwidth=vm.bandwidth or None,
     )
 
 

@@ -15,6 +15,9 @@ from oscloudd.cloud.disk_records import detach_disk
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.layers import find_unneeded_layers, forget_layers, remove_layers
+from oscloudd.cloud.names import Names
+from oscloudd.cloud.ports import Ports
+from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import DOWN_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor, scope_of
@@ -58,8 +61,14 @@ class VmSteps:
         slots: StartSlots,
         suspension: Suspension,
         disks: DataDisks,
+        ports: Ports,
+        names: Names,
+        rates: Rates,
     ) -> None:
+        self._rates = rates
         self._config = config
+        self._ports = ports
+        self._names = names
         self._states = states
         self._supervisor = supervisor
         self._first_starts = first_starts
@@ -84,8 +93,12 @@ class VmSteps:
             await asyncio.to_thread(durable, seed)
 
     async def network(self, job: Job) -> None:
-        """Have the vm's network in place."""
-        await self._supervisor.bring_up_network(await self._get(job))
+        """Have the vm's network in place, its name, and the ports of the host that lead to it."""
+        vm = await self._get(job)
+        self._names.publish(vm)
+        await self._supervisor.bring_up_network(vm)
+        if vm.ports:  # a bridge that has just been made knows nothing of them
+            await self._ports.sync()
 
     async def starting(self, job: Job) -> None:
         """Start qemu, standing still: before its boot, or where a saved guest stood."""
@@ -107,6 +120,8 @@ class VmSteps:
         if job.is_resumed and self._supervisor.find(vm.id) is None:
             await self.starting(job)  # what an earlier daemon had started is gone
             vm = await self._get(job)
+        if vm.bandwidth:
+            await self._rates.sync()
         # From its first step on the guest may write to its disk.
         await self._suspension.drop(vm)
         await self._supervisor.let_run(vm)
@@ -180,8 +195,10 @@ class VmSteps:
         await self._states.change(lambda: _forget(job.vm_id))
 
     async def name(self, job: Job) -> None:
-        """Have the vm's name outside the database, too: systemd shows it."""
+        """Have the vm's name outside the database, too: the network knows it, systemd shows it."""
         vm = await self._states.find(job.vm_id)
+        if vm is not None:
+            self._names.publish(vm)
         if vm is not None and vm.is_process_alive():
             await rename_scope(scope_of(vm))
 
@@ -373,6 +390,10 @@ class VmSteps:
             own = await self._states.look(lambda: find_unneeded_layers(without_vm=vm))
             await asyncio.to_thread(remove_layers, self._config, own)
         await self._supervisor.expel(vm)
+        await self._ports.forget(vm)
+        self._names.forget(vm)
+        if vm.bandwidth:
+            await self._rates.sync(going_tap=vm.tap_index)
 
     async def _release(self, job: Job) -> None:
         """See the end of the vm's qemu, one that nobody has written down included."""

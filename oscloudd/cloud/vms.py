@@ -11,15 +11,18 @@ from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import Operations
+from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.states import DOWN_STATES, OFF_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_power import refuse
-from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm, read_vms
+from oscloudd.cloud.vm_records import NicInfo, VmInfo, VmRecord, describe, read_vm, read_vms
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError
+from oscloudd.guest.readiness import Sign, wait_sign
+from oscloudd.host.network.counters import read_guest_traffic
 from oscloudd.machine.console import Attachment
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.store.database import Database
@@ -42,6 +45,7 @@ class VmSettings(msgspec.Struct, frozen=True):
     autostart: str | None = None
     restart: str | None = None
     protect: bool | None = None
+    bandwidth: int | None = None  # bits a second, 0 for any
 
 
 class Vms:
@@ -55,8 +59,10 @@ class Vms:
         supervisor: Supervisor,
         operations: Operations,
         keeper: Keeper,
+        rates: Rates,
         templates: Templates,
     ) -> None:
+        self._rates = rates
         self._config = config
         self._database = database
         self._states = states
@@ -70,8 +76,10 @@ class Vms:
         return [describe(vm) for vm in await self._database.run(read_vms)]
 
     async def info(self, key: int | str) -> VmInfo:
-        """Describe one vm; raises NotFoundError."""
-        return describe(await self._read(key))
+        """Describe one vm with what its network card has seen; raises NotFoundError."""
+        vm = await self._read(key)
+        seen = None if vm.pid is None else read_guest_traffic(vm.tap)
+        return msgspec.structs.replace(describe(vm), nic=seen and NicInfo(*seen))
 
     async def rename(self, key: int | str, name: str, order: Order) -> VmInfo:
         """Give a vm another name; its guest keeps its hostname until it is told otherwise."""
@@ -94,6 +102,8 @@ class Vms:
             await self._database.run(lambda: change(read_vm(vm_id)))
         else:
             await self._rename(vm_id, settings.name, order, change)
+        if settings.bandwidth is not None:
+            await self._rates.sync()
         self._states.changes.announce()
         self._keeper.consider(vm_id)
         return describe(await self._read(vm_id))
@@ -160,6 +170,38 @@ class Vms:
         return await self._states.changes.wait_until(
             look, timeout_seconds=timeout_seconds, what=what
         )
+
+    async def wait_sign(self, key: int | str, sign: Sign, timeout_seconds: float) -> VmInfo:
+        """Wait until a vm's guest shows a sign of its own; raises InvalidStateError when it is off.
+
+        The timeout's error says what was seen last.
+        """
+        vm = await self._read(key)
+
+        async def look() -> VmState | None:
+            state = VmState((await self._read(vm.id)).state)
+            return state if state in DOWN_STATES else None
+
+        shown = asyncio.ensure_future(wait_sign(vm.ip, sign, timeout_seconds=timeout_seconds))
+        # Longer than the sign's own wait, whose error tells more.
+        limit = 2 * timeout_seconds + 1
+        down = asyncio.ensure_future(
+            self._states.changes.wait_until(look, timeout_seconds=limit, what="its end")
+        )
+        try:
+            await asyncio.wait({shown, down}, return_when=asyncio.FIRST_COMPLETED)
+            if not down.done():
+                shown.result()
+                return describe(await self._read(vm.id))
+            raise InvalidStateError(
+                f"the guest of vm {vm.name!r} can't answer: it is {down.result()}",
+                hint=f"start it: oscloudctl vm-start {vm.name}",
+                state=down.result(),
+            )
+        finally:
+            for waiting in (shown, down):
+                waiting.cancel()
+            await asyncio.gather(shown, down, return_exceptions=True)
 
     async def log(self, key: int | str, source: Literal["console", "qemu"], lines: int) -> VmLog:
         """Give the last lines the guest printed on its console, or qemu itself in its log."""

@@ -35,6 +35,7 @@ _PACKAGES = {
     "qemu-img": "qemu-utils",
     "ip": "iproute2",
     "nft": "nftables",
+    "dnsmasq": "dnsmasq-base",
     "ssh-keygen": "openssh-client",
     "mke2fs": "e2fsprogs",
     "resize2fs": "e2fsprogs",

@@ -15,7 +15,7 @@ from peewee import SqliteDatabase
 
 from oscloudd.errors import HostError
 from oscloudd.store.backend import Backend
-from oscloudd.store.models import LATER_TABLES, SNAPSHOT_TABLES, TABLES, Meta
+from oscloudd.store.models import LATER_TABLES, PORT_TABLES, SNAPSHOT_TABLES, TABLES, Meta
 
 _VERSION = "schema_version"
 
@@ -69,6 +69,14 @@ def _snapshots(database: Any) -> None:
     _add_columns(database, "disk", {"layer_id": "INTEGER"})
 
 
+def _ports(database: Any) -> None:
+    database.create_tables(PORT_TABLES)
+
+
+def _bandwidth(database: Any) -> None:
+    _add_columns(database, "vm", {"bandwidth": "BIGINT NOT NULL DEFAULT 0"})
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -83,6 +91,8 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _disks_of_their_own,
     _networks_people_make,
     _snapshots,
+    _ports,
+    _bandwidth,
 )
 
 

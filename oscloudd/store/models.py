@@ -135,6 +135,7 @@ class Vm(Table):
     owner_uid = BigIntegerField()  # up to 2^32 - 2, more than MariaDB's INTEGER holds
     autostart = CharField(max_length=10, default="no")
     restart = CharField(max_length=10, default="no")
+    bandwidth = BigIntegerField(default=0)  # bits a second, each way; 0 is no limit
     protect = BooleanField(default=False)  # it can't be deleted
     timings = LongTextField(default="{}")  # seconds of each stage of its creation, JSON
     created_at = DoubleField()
@@ -160,6 +161,24 @@ class Snapshot(Table):
         """A name is one snapshot's of its vm."""
 
         indexes = ((("vm", "name"), True),)
+
+
+class Port(Table):
+    """One port of the host that leads to one of a vm's."""
+
+    id = IdField()
+    vm = ForeignKeyField(Vm, backref="ports", on_delete="RESTRICT")
+    spec = CharField(max_length=40)  # all of it, as users are shown it
+    protocol = CharField(max_length=3)
+    host_address = CharField(max_length=15)
+    host_port = IntegerField()
+    guest_port = IntegerField()
+    created_at = DoubleField()
+
+    class Meta:
+        """A port of one address is one vm's; that 0.0.0.0 has all addresses, no index can tell."""
+
+        indexes = ((("protocol", "host_port", "host_address"), True),)
 
 
 class Job(Table):
@@ -203,3 +222,4 @@ class Meta(Table):
 TABLES = (Network, Disk, Vm, Job)
 LATER_TABLES = (Event, Meta)
 SNAPSHOT_TABLES = (Layer, Snapshot)
+PORT_TABLES = (Port,)

@@ -22,6 +22,7 @@ from up import locked
 # A daemon that was installed has the same table; it is not ours to remove.
 _SYSTEM_SOCKET = Path("/run/oscloud/oscloudd.sock")
 
+_TABLES = ("inet oscloud", "bridge oscloud", "ip oscloud_ports", "netdev oscloud_rates")
 _CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "build", "dist")
 
 
@@ -100,13 +101,14 @@ def find_orphans() -> list[int]:
 
 
 def remove_leftovers(bridges: list[str]) -> None:
-    """Remove our bridges and our nft table from the host's own network."""
+    """Remove our bridges and our nft tables from the host's own network."""
     present = json.loads(run(["ip", "-json", "link", "show", "type", "bridge"]) or "[]")
     for link in present:
         if link.get("ifname") in bridges and link.get("ifalias") == "oscloud":
             run(["ip", "link", "delete", link["ifname"]])
     if not _SYSTEM_SOCKET.exists():
-        run(["nft", "-f", "-"], input_text="add table inet oscloud\ndelete table inet oscloud\n")
+        for table in _TABLES:
+            run(["nft", "-f", "-"], input_text=f"add table {table}\ndelete table {table}\n")
 
 
 def remove_made() -> None:

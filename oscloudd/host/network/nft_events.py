@@ -10,7 +10,6 @@ import socket
 from collections.abc import Iterator
 
 from oscloudd.host.network.netlink import find_attribute, parse_messages
-from oscloudd.host.network.ruleset import TABLE
 from oscloudd.host.network.set_elements import NETLINK_NETFILTER, SUBSYSTEM
 
 # linux/netlink.h, asm-generic/socket.h and linux/netfilter/nfnetlink.h
@@ -28,9 +27,10 @@ _RECEIVE_BYTES = 1 << 20
 
 
 class TableEvents:
-    """Tells of changes to our tables that were not announced with `own_change`."""
+    """Tells of changes to our tables of one name that were not announced with `own_change`."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: str) -> None:
+        self._table = table.encode()
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
@@ -87,7 +87,7 @@ class TableEvents:
                 elif message.kind != _NEW_GENERATION:
                     attributes = message.body[_GENERIC_BYTES:]
                     name = find_attribute(attributes, _TABLE_ATTRIBUTE) or b""
-                    self._is_ours = self._is_ours or name.rstrip(b"\0") == TABLE.encode()
+                    self._is_ours = self._is_ours or name.rstrip(b"\0") == self._table
 
     def _close_transaction(self) -> None:
         self._is_ours = False

@@ -1,0 +1,178 @@
+"""Names of guests: each network's name server kept running, and told which guest has which name.
+
+A network whose row names servers of its own has none: its guests ask those.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+from ipaddress import IPv4Network
+
+from oscloudd.cloud.allocation import gateway_of
+from oscloudd.cloud.events import Events
+from oscloudd.cloud.vm_records import VmRecord, read_vms
+from oscloudd.config import Config
+from oscloudd.errors import CloudError, NotFoundError
+from oscloudd.guest.identity import hostname_of
+from oscloudd.host.network.name_server import (
+    NameServer,
+    delete_name,
+    find_barrier,
+    find_name_server,
+    is_installed,
+    start_name_server,
+    write_name,
+)
+from oscloudd.host.processes import open_process
+from oscloudd.host.sessions import end_session
+from oscloudd.store.database import Database
+from oscloudd.store.models import Network
+
+_log = logging.getLogger(__name__)
+# A name server that ends again and again is started again at ever longer intervals.
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 60.0
+# One that has run for so long was well.
+_WELL_SECONDS = 60.0
+
+
+class Names:
+    """The name servers of this cloud, by bridge."""
+
+    def __init__(self, config: Config, database: Database, events: Events) -> None:
+        self._directory = config.runtime_path / "names"
+        self._database = database
+        self._events = events
+        self._keeping: dict[str, asyncio.Task[None]] = {}
+        self._servers: dict[str, NameServer] = {}
+        self._answered: dict[str, asyncio.Event] = {}
+        self.is_available = is_installed()
+
+    def server(self, bridge: str, subnet: IPv4Network, *, isolated: bool = False) -> NameServer:
+        """Give where a network's name server is."""
+        return NameServer(bridge, gateway_of(subnet), self._directory / bridge, isolated)
+
+    async def prepare(self) -> None:
+        """Write down the names of all vms, and serve where vms run; forget who is gone."""
+        vms = await self._database.run(read_vms)
+        known = {(vm.bridge, str(vm.id)) for vm in vms}
+        for path in self._directory.glob("*/hosts/*"):
+            if (path.parent.parent.name, path.name) not in known:
+                path.unlink()
+        for vm in vms:
+            self.publish(vm)
+        running = {vm.network_id for vm in vms if vm.is_process_alive()}
+        for bridge, subnet, isolated in await self._database.run(lambda: _read_networks(running)):
+            self._keep(self.server(bridge, subnet, isolated=isolated))
+
+    async def serve(self, bridge: str, subnet: IPv4Network, *, isolated: bool) -> None:
+        """Have a network's name server answer, or be tried again and again behind our back."""
+        if self.is_available:
+            self._keep(self.server(bridge, subnet, isolated=isolated))
+            await self._answered[bridge].wait()
+
+    def publish(self, vm: VmRecord) -> None:
+        """Have a vm found by its name; may be called again, and after it got another name."""
+        if self.is_available:
+            write_name(self._server_of(vm), vm.id, vm.ip, hostname_of(vm.name))
+
+    def forget(self, vm: VmRecord) -> None:
+        """Have a vm found by its name no longer; may be called again."""
+        delete_name(self._server_of(vm), vm.id)
+
+    async def close(self) -> None:
+        """Leave the name servers of networks with running vms alone, and end the others."""
+        for task in self._keeping.values():
+            task.cancel()
+        await asyncio.gather(*self._keeping.values(), return_exceptions=True)
+        try:
+            vms = await self._database.run(read_vms)
+        except CloudError:  # then nobody can tell which are needed
+            return
+        running = {vm.bridge for vm in vms if vm.is_process_alive()}
+        for server in self._servers.values():
+            if server.bridge not in running:
+                await _end(server)
+
+    async def end(self, bridge: str) -> None:
+        """End the name server of a network that is being deleted; may be called again."""
+        keeping = self._keeping.pop(bridge, None)
+        if keeping is not None:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+            await _end(self._servers.pop(bridge))
+
+    def find_troubles(self) -> list[str]:
+        """Give what is wrong with the name servers that should answer."""
+        troubles = []
+        for server in self._servers.values():
+            barrier = find_barrier(server)
+            if find_name_server(server) is None:
+                troubles.append(f"that of {server.bridge} does not run")
+            elif barrier is not None:
+                troubles.append(f"that of {server.bridge} may not read below {barrier}")
+        return troubles
+
+    def _server_of(self, vm: VmRecord) -> NameServer:
+        return self.server(vm.bridge, IPv4Network(f"{vm.network_ip}/{vm.network_mask}"))
+
+    def _keep(self, server: NameServer) -> None:
+        if self.is_available and server.bridge not in self._keeping:
+            self._servers[server.bridge] = server
+            self._answered[server.bridge] = asyncio.Event()
+            keeping = self._keep_running(server)
+            self._keeping[server.bridge] = asyncio.create_task(keeping, name=server.unit)
+
+    async def _keep_running(self, server: NameServer) -> None:
+        loop = asyncio.get_running_loop()
+        pause, told = _FIRST_PAUSE_SECONDS, False
+        while True:
+            began = loop.time()
+            try:
+                await self._until_ended(server)
+                why = "it ended"
+            except CloudError as error:
+                why = error.message
+            self._answered[server.bridge].set()
+            if loop.time() - began > _WELL_SECONDS:
+                pause, told = _FIRST_PAUSE_SECONDS, False
+            if not told:
+                message = f"the name server of {server.bridge} is started again: {why}"
+                _log.warning("%s", message)
+                await self._events.warn(server.bridge, message)
+                told = True
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _until_ended(self, server: NameServer) -> None:
+        """Start the name server unless an earlier daemon has, and see its end."""
+        identity = find_name_server(server)
+        if identity is None:
+            await start_name_server(server)
+            identity = find_name_server(server)
+        if identity is None:
+            return
+        self._answered[server.bridge].set()
+        process = open_process(identity)
+        try:
+            await process.wait_exit(None)
+        finally:
+            process.close()
+
+
+async def _end(server: NameServer) -> None:
+    identity = find_name_server(server)
+    if identity is not None:
+        with suppress(NotFoundError):
+            await end_session(open_process(identity))
+
+
+def _read_networks(running: set[int]) -> list[tuple[str, IPv4Network, bool]]:
+    """Give bridge and subnet of these networks if they name no servers, and whether isolated."""
+    rows = Network.select(
+        Network.bridge_interface_idx, Network.ip, Network.mask, Network.isolated
+    ).where(Network.id.in_(running), Network.dns == "")
+    return [
+        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(isolated))
+        for index, ip, mask, isolated in rows.tuples()
+    ]

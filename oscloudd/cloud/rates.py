@@ -1,0 +1,53 @@
+"""The guests' bandwidth: what their rows allow, kept so in the kernel."""
+
+import asyncio
+import logging
+
+from oscloudd.cloud.table_keeping import keep_table
+from oscloudd.host.network.links import numbers_in_use
+from oscloudd.host.network.nft_events import TableEvents
+from oscloudd.host.network.rates import TABLE, apply_rates
+from oscloudd.store.database import Database
+from oscloudd.store.models import Vm
+
+_log = logging.getLogger(__name__)
+
+
+class Rates:
+    """The limits of all taps."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._applying = asyncio.Lock()
+        self._applied: dict[str, int] = {}
+        self._changes = TableEvents(TABLE.split()[1])
+
+    def close(self) -> None:
+        """Let go of the limits; they stay as they are."""
+        self._changes.close()
+
+    async def sync(self, *, going_tap: int | None = None) -> None:
+        """Make the limits of the taps there are like the rows; may be called at any time.
+
+        One that is going has none any more: the kernel would keep it for the next of its name.
+        """
+        async with self._applying:
+            rates = await self._database.run_when_available(_read_rates)
+            there = numbers_in_use("osctap") - {going_tap}
+            self._applied = {f"osctap{tap}": rate for tap, rate in rates if tap in there}
+            with self._changes.own_change():
+                await apply_rates(self._applied)
+
+    async def keep(self) -> None:
+        """Put the limits back whenever somebody else has changed them, until cancelled."""
+        await keep_table("the table of bandwidths", self._changes, self._put_back)
+
+    async def _put_back(self) -> None:
+        if self._applied:
+            _log.warning("the limits of guests' bandwidth were taken away: put back")
+            await self.sync()
+
+
+def _read_rates() -> list[tuple[int, int]]:
+    query = Vm.select(Vm.tap_interface_idx, Vm.bandwidth).where(Vm.bandwidth > 0)
+    return list(query.tuples())

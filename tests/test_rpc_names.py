@@ -1,0 +1,136 @@
+"""Names of guests: asked for at the gateway as a guest does, through everything that may happen."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemon_process import Box
+from guest_cloud import wait_for_end
+
+pytestmark = pytest.mark.skipif(shutil.which("dnsmasq") is None, reason="dnsmasq is not installed")
+
+GATEWAY = "192.168.0.1"
+# Prints the address behind a name, or the number of the error (RFC 1035 section 4.1.1).
+ASK = """
+import socket, struct, sys
+labels = b"".join(bytes([len(each)]) + each.encode() for each in sys.argv[2].split("."))
+question = struct.pack("!6H", 1, 0x100, 1, 0, 0, 0) + labels + struct.pack("!BHH", 0, 1, 1)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    client.settimeout(20)
+    client.connect((sys.argv[1], 53))
+    client.send(question)
+    answer = client.recv(512)
+count = struct.unpack_from("!H", answer, 6)[0]
+print(socket.inet_ntoa(answer[-4:]) if count else answer[3] & 15)
+"""
+NOT_FOUND, NOBODY = "3", ""
+
+
+@pytest.fixture
+def box(fake_qemu_binary: Path) -> Iterator[Box]:
+    """A cloud whose guests are told its own name server."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    box = Box(fake_qemu_binary)
+    path = box.root / "oscloud.toml"
+    path.write_text(path.read_text().replace('dns = ["192.0.2.53"]', ""))
+    try:
+        box.start()
+        yield box
+    finally:
+        box.close()
+
+
+def ask(box: Box, name: str) -> str:
+    command = ["ip", "netns", "exec", box.namespace, sys.executable, "-I", "-c", ASK]
+    done = subprocess.run([*command, GATEWAY, name], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def server(box: Box) -> int:
+    return int((box.root / "run/names/oscbr0/pid").read_text())
+
+
+def until_answer(box: Box, name: str, answer: str) -> None:
+    box.until(lambda: ask(box, name) == answer, f"{name} being {answer or 'nobody'}")
+
+
+def test_names_come_change_and_go_with_vms(box: Box) -> None:
+    web = box.create("My_Web")
+    assert box.call("network_info", network="default")["dns"] == [GATEWAY]
+    for name in ("my-web.oscloud", "my-web", "MY-WEB.oscloud"):
+        until_answer(box, name, web["ip"])
+    assert ask(box, "other.oscloud") == NOT_FOUND
+    other = box.create("other")
+    until_answer(box, "other.oscloud", other["ip"])
+    box.call("vm_rename", vm="My_Web", name="shop")
+    until_answer(box, "shop.oscloud", web["ip"])
+    assert ask(box, "my-web.oscloud") == NOT_FOUND
+    box.call("vm_stop", vm="shop", force=True)
+    assert ask(box, "shop.oscloud") == web["ip"]
+    box.call("vm_delete", vm="shop")
+    until_answer(box, "shop.oscloud", NOT_FOUND)
+    assert ask(box, "other.oscloud") == other["ip"]
+
+
+def test_the_name_server_outlives_the_daemon_and_is_started_again(box: Box) -> None:
+    vm = box.create("web")
+    until_answer(box, "web.oscloud", vm["ip"])
+    first = server(box)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        box.end(number)
+        assert ask(box, "web.oscloud") == vm["ip"]
+        box.start()
+        box.create(f"other-{number}")
+        assert server(box) == first
+    pidfd = os.pidfd_open(first)
+    os.kill(first, signal.SIGKILL)
+    wait_for_end(pidfd)
+    os.close(pidfd)
+    until_answer(box, "web.oscloud", vm["ip"])
+    assert server(box) != first
+    # While nobody looked, it has ended, and a vm has another name.
+    box.end(signal.SIGKILL)
+    os.kill(server(box), signal.SIGKILL)
+    box.rows("UPDATE vm SET name = 'shop' WHERE name = 'web'")
+    box.start()
+    until_answer(box, "shop.oscloud", vm["ip"])
+    assert ask(box, "web.oscloud") == NOT_FOUND
+
+
+def test_it_ends_with_the_last_daemon_of_a_network_without_guests(box: Box) -> None:
+    box.create("web")
+    pidfd = os.pidfd_open(server(box))
+    box.call("vm_stop", vm="web", force=True)
+    assert box.end() == 0
+    wait_for_end(pidfd)
+    os.close(pidfd)
+    assert ask(box, "web.oscloud") == NOBODY
+    box.start()
+    box.call("vm_start", vm="web")
+    until_answer(box, "web.oscloud", box.call("vm_info", vm="web")["ip"])
+
+
+def test_a_port_that_is_taken_does_not_keep_a_vm_from_starting(box: Box) -> None:
+    code = (
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
+        "s.bind(('0.0.0.0', 53)); print('ready', flush=True); input()"
+    )
+    command = ["ip", "netns", "exec", box.namespace, sys.executable, "-I", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as taker:
+        assert taker.stdout is not None
+        assert taker.stdout.readline() == b"ready\n"
+        vm = box.create("web")
+        assert vm["state"] == "RUNNING"
+        found = {check["check"]: check for check in box.call("daemon_doctor")["checks"]}["names"]
+        assert found["verdict"] == "warning"
+        assert "oscbr0" in found["message"]
+        told = box.rows("SELECT data FROM event WHERE kind = 'warning'")
+        assert any("name server of oscbr0" in data for (data,) in told)
+        taker.kill()
+    until_answer(box, "web.oscloud", vm["ip"])
