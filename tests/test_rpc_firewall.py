@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from typing import Any
 
 from daemon_process import Box
 
@@ -13,7 +14,14 @@ def ruleset(box: Box) -> str:
 
 def nft(box: Box, text: str) -> None:
     command = ["ip", "netns", "exec", box.namespace, "nft", "-f", "-"]
-    subprocess.run(command, input=text, check=True, text=True)
+    subprocess.run(command, input=f"{text}\n", check=True, text=True)
+
+
+def doctor(box: Box) -> dict[str, Any]:
+    """Give what the doctor says of the firewall."""
+    checks = box.call("daemon_doctor")["checks"]
+    [check] = [check for check in checks if check["check"] == "firewall"]
+    return dict(check)
 
 
 def ports_of(box: Box) -> dict[str, str]:
@@ -74,3 +82,55 @@ def test_a_vm_that_is_made_when_the_tables_are_gone_brings_them_back(box: Box) -
     nft(box, "flush ruleset\n")
     db = box.create("db")
     assert f'"osctap1" . {db["mac"]} . {db["ip"]}' in ruleset(box)
+
+
+OTHERS = {
+    "Docker (nft table ip filter)": (
+        """table ip filter {
+            chain FORWARD { type filter hook forward priority 0; policy drop; }
+            chain DOCKER-USER { }
+        }""",
+        "iptables -I DOCKER-USER -i oscbr+ -j ACCEPT",
+    ),
+    "ufw (nft table ip filter)": (
+        """table ip filter {
+            chain FORWARD { type filter hook forward priority 0; policy drop; }
+            chain ufw-before-forward { }
+        }""",
+        "ufw route allow in on oscbr0",
+    ),
+    "firewalld (nft table inet firewalld)": (
+        """table inet firewalld {
+            chain filter_FORWARD { type filter hook forward priority 10; reject; }
+        }""",
+        "--zone=trusted --add-interface=oscbr0",
+    ),
+    "chain pass (nft table inet site)": (
+        "table inet site { chain pass { type filter hook forward priority 0; policy drop; }; }",
+        'nft insert rule inet site pass iifname "oscbr*" accept',
+    ),
+}
+
+
+def test_the_doctor_names_who_keeps_guests_from_the_outside_and_what_to_do(box: Box) -> None:
+    assert doctor(box)["verdict"] == "ok"
+    for owner, (table, fix) in OTHERS.items():
+        nft(box, table)
+        found = doctor(box)
+        assert (found["verdict"], owner in found["message"]) == ("warning", True), found
+        assert fix in found["hint"]
+        nft(box, "flush ruleset")
+    nft(box, OTHERS["chain pass (nft table inet site)"][0])
+    for word in doctor(box)["hint"].split("; "):
+        nft(box, word.removeprefix("nft "))
+    assert doctor(box)["verdict"] == "ok"
+
+
+def test_the_doctor_sees_that_nothing_is_forwarded(box: Box) -> None:
+    box.create("web")
+    assert doctor(box)["verdict"] == "ok"
+    command = ["ip", "netns", "exec", box.namespace, "sysctl", "-qw", "net.ipv4.ip_forward=0"]
+    subprocess.run(command, check=True)
+    found = doctor(box)
+    assert (found["verdict"], "ip_forward is 0" in found["message"]) == ("failure", True)
+    assert "sysctl net.ipv4.ip_forward=1" in found["hint"]

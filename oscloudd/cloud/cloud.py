@@ -164,7 +164,13 @@ class Cloud:
             config, database, self.states, self._supervisor, steps, operations, self._keeper
         )
         self.doctor = Doctor(
-            config, self.networks, self.templates, user, self._accelerator, self._leftovers
+            config,
+            self.networks,
+            self.templates,
+            user,
+            self._accelerator,
+            self._leftovers,
+            self._firewall,
         )
         self._background: list[asyncio.Task[None]] = []
 

@@ -5,12 +5,15 @@ from typing import Literal
 
 import msgspec
 
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.templates import Templates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
 from oscloudd.host.commands import run
+from oscloudd.host.network.firewall import find_missing_tables, is_forwarding
+from oscloudd.host.network.other_firewalls import find_obstacles
 from oscloudd.host.resources import disk_free_bytes, memory_available_bytes, qemu_version
 from oscloudd.host.scopes import SLICE, find_missing_controllers
 from oscloudd.host.users import QemuUser
@@ -50,6 +53,7 @@ class Doctor:
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
         leftovers: Leftovers,
+        firewall: Firewall,
     ) -> None:
         self._config = config
         self._networks = networks
@@ -57,6 +61,7 @@ class Doctor:
         self._user = user
         self._accelerator = accelerator
         self._leftovers = leftovers
+        self._firewall = firewall
 
     async def examine(self) -> Report:
         """Look at everything; a check that fails is a row, never an error."""
@@ -66,6 +71,7 @@ class Doctor:
             "qemu user": self._look_at_user,
             "limits": self._look_at_limits,
             "network": self._look_at_network,
+            "firewall": self._look_at_firewall,
             "disk": self._look_at_disk,
             "memory": self._look_at_memory,
             "templates": self._look_at_templates,
@@ -125,6 +131,30 @@ class Doctor:
                     "set [network] subnet in oscloud.toml to choose another",
                 )
         return "ok", ", ".join(f"{net.name} is {net.subnet}" for net in networks), ""
+
+    async def _look_at_firewall(self) -> tuple[Verdict, str, str]:
+        missing = await find_missing_tables() if self._firewall.is_up else []
+        if missing:
+            return (
+                "failure",
+                f"our own nft tables are missing: {', '.join(missing)}",
+                "see the log for why they can't be put back",
+            )
+        if self._firewall.is_up and not is_forwarding():
+            return (
+                "failure",
+                "this host passes nothing on for its guests: net.ipv4.ip_forward is 0",
+                "sysctl net.ipv4.ip_forward=1, and see what sets it to 0",
+            )
+        bridges = [network.bridge for network in await self._networks.list()]
+        obstacles = await find_obstacles(bridges[0])
+        if obstacles:
+            return (
+                "warning",
+                "; ".join(map(str, obstacles)),
+                "; ".join(obstacle.fix for obstacle in obstacles),
+            )
+        return "ok", "nothing keeps guests from the outside", ""
 
     async def _look_at_disk(self) -> tuple[Verdict, str, str]:
         free = disk_free_bytes(self._config.state_path)

@@ -40,6 +40,11 @@ class Firewall:
         """Let go of the tables; they stay as they are."""
         self._changes.close()
 
+    @property
+    def is_up(self) -> bool:
+        """Whether this daemon has had to have the tables: with the first vm that runs."""
+        return self._is_up
+
     async def apply(self) -> None:
         """Make the tables what the database says, whatever they are."""
         # From the look at the rows on nobody may add or take away a vm's elements.

@@ -57,10 +57,15 @@ def parse_ruleset_bridges(text: str) -> set[str]:
     return set(re.findall(r'"([\w-]+)"', text))
 
 
+def is_forwarding() -> bool:
+    """Tell whether this box passes packets on between its interfaces."""
+    return _FORWARDING.read_text(encoding="ascii").strip() == "1"
+
+
 def ensure_forwarding() -> None:
     """Let this box pass packets on between its interfaces (net.ipv4.ip_forward)."""
     try:
-        if _FORWARDING.read_text(encoding="ascii").strip() != "1":
+        if not is_forwarding():
             _FORWARDING.write_text("1", encoding="ascii")
     except OSError as error:
         raise HostError(
