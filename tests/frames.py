@@ -2,7 +2,9 @@
 
 import struct
 from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple
 
+NOBODY_MAC = "52:54:00:00:00:99"
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 UDP, ICMP, ICMP6 = 17, 1, 58
 # What nobody sends by itself, so that a frame is known again wherever it arrives.
@@ -88,3 +90,163 @@ def neighbour(kind: int, source: str, target: str, about: str, option: str | Non
     if option is not None:
         payload += bytes([kind - 134, 1]) + mac(option)
     return icmp6(source, target, kind, payload)
+
+
+class Pair(NamedTuple):
+    """A guest that sends, its neighbour, and their gateway."""
+
+    one: str
+    one_mac: str
+    two: str
+    two_mac: str
+    gateway: str
+    gateway_mac: str
+
+    @property
+    def one6(self) -> str:
+        return link_local(self.one_mac)
+
+    @property
+    def two6(self) -> str:
+        return link_local(self.two_mac)
+
+    @property
+    def gateway6(self) -> str:
+        return link_local(self.gateway_mac)
+
+    def own_udp(self, payload: bytes) -> bytes:
+        """What is honest, to the neighbour."""
+        packet = ip4(self.one, self.two, UDP, udp(7000, 7000, payload))
+        return ethernet(self.one_mac, self.two_mac, 0x0800, packet)
+
+
+def _payload(source: int = 7000, target: int = 7000) -> bytes:
+    return udp(source, target, b"")
+
+
+def harm(pair: Pair) -> dict[str, bytes]:
+    """Give what a guest must not send to its neighbour."""
+    packet = _payload()
+    own_packet = ip4(pair.one, pair.two, UDP, packet)
+    in_vlan = ip4(pair.one, pair.two, UDP, _payload(7001))
+    answer = arp(2, (pair.one_mac, pair.one), (pair.two_mac, pair.two))
+    in_q_in_q = ip4(pair.one, pair.two, UDP, _payload(7002))
+    padding = bytes([ICMP6, 0, 1, 4, 0, 0, 0, 0])  # hop-by-hop options, with nothing in them
+    echo = icmp6(pair.one6, pair.two6, 128, b"harm")
+    all_nodes, all_nodes_mac = "ff02::1", "33:33:00:00:00:01"
+
+    def own(kind: int, payload: bytes, target: str = pair.two_mac) -> bytes:
+        return ethernet(pair.one_mac, target, kind, payload)
+
+    def advertised(lifetime: int) -> bytes:
+        return icmp6(pair.one6, all_nodes, 134, bytes([64, 0, lifetime]) + bytes(9))
+
+    odd_arp = {
+        f"ARP with another {what}": own(0x0806, answer[:at] + bytes([value]) + answer[at + 1 :])
+        for what, at, value in (
+            ("hardware", 1, 6),
+            ("protocol", 3, 1),
+            ("length of MACs", 4, 7),
+            ("length of addresses", 5, 5),
+            ("operation", 7, 3),
+        )
+    }
+    return odd_arp | {
+        "source MAC": ethernet(NOBODY_MAC, pair.two_mac, 0x0800, own_packet),
+        "source address": own(0x0800, ip4(str(IPv4Address(pair.one) + 70), pair.two, UDP, packet)),
+        "gateway's address": own(0x0800, ip4(pair.gateway, pair.two, UDP, packet)),
+        "ARP as gateway": own(
+            0x0806, arp(2, (pair.one_mac, pair.gateway), (pair.two_mac, pair.two))
+        ),
+        "ARP as gateway, asking": own(
+            0x0806, arp(1, (pair.one_mac, pair.gateway), (pair.two_mac, pair.two)), BROADCAST
+        ),
+        "ARP inner MAC": own(0x0806, arp(2, (NOBODY_MAC, pair.one), (pair.two_mac, pair.two))),
+        "ARP probe of a neighbour's": own(
+            0x0806, arp(1, (pair.one_mac, "0.0.0.0"), ("00:00:00:00:00:00", pair.two)), BROADCAST
+        ),
+        "DHCP server to another port": own(
+            0x0800, ip4(pair.one, pair.two, UDP, _payload(67, 7000))
+        ),
+        "DHCP server": own(0x0800, ip4(pair.one, pair.two, UDP, _payload(67, 68))),
+        "DHCP server on another port": own(
+            0x0800, ip4(pair.one, pair.two, UDP, _payload(7000, 68))
+        ),
+        "ICMP redirect": own(
+            0x0800,
+            ip4(pair.one, pair.two, ICMP, icmp(5, ip4(pair.one, pair.two, UDP, _payload(7004)), 1)),
+        ),
+        "VLAN": tagged(own(0x0800, in_vlan), 0x8100),
+        "Q-in-Q": tagged(own(0x0800, in_q_in_q), 0x88A8, 0x8100),
+        "another protocol": own(0x88B5, bytes(range(46))),
+        "spanning tree": ethernet(pair.one_mac, "01:80:c2:00:00:00", 4, b"\x42\x42\x03\x00"),
+        "IPv6 source MAC": ethernet(
+            NOBODY_MAC, pair.two_mac, 0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(7003))
+        ),
+        "IPv6 source address": own(0x86DD, ip6("fe80::77", pair.two6, UDP, packet)),
+        "IPv6 gateway's address": own(0x86DD, ip6(pair.gateway6, pair.two6, UDP, packet)),
+        "IPv6 of no link": own(0x86DD, ip6("fd00::2", pair.two6, UDP, packet)),
+        "router advertisement": own(0x86DD, advertised(1), all_nodes_mac),
+        "router advertisement behind a header": own(
+            0x86DD,
+            ip6(pair.one6, all_nodes, 0, padding + advertised(2)[40:]),
+            all_nodes_mac,
+        ),
+        "router advertisement in a fragment": own(
+            0x86DD,
+            ip6(pair.one6, all_nodes, 44, bytes([58, 0, 0, 1, 0, 0, 0, 7]) + advertised(3)[40:]),
+            all_nodes_mac,
+        ),
+        "IPv6 redirect": own(0x86DD, icmp6(pair.one6, pair.two6, 137, bytes(range(36)))),
+        "advertisement of the gateway": own(
+            0x86DD, neighbour(136, pair.one6, pair.two6, pair.gateway6, pair.one_mac)
+        ),
+        "advertisement with another's MAC": own(
+            0x86DD, neighbour(136, pair.one6, pair.two6, pair.one6, NOBODY_MAC)
+        ),
+        "solicitation with another's MAC": own(
+            0x86DD, neighbour(135, pair.one6, pair.two6, pair.two6, NOBODY_MAC)
+        ),
+        "looking for a neighbour's address": own(
+            0x86DD, neighbour(135, "::", pair.two6, pair.two6, None)
+        ),
+        "multicast query": own(0x86DD, icmp6(pair.one6, all_nodes, 130, bytes(20)), all_nodes_mac),
+        "echo behind a header": own(0x86DD, ip6(pair.one6, pair.two6, 0, padding + echo[40:])),
+        "DHCPv6 server": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(547, 7000))),
+        "DHCPv6 answer": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(7000, 546))),
+    }
+
+
+def grace(pair: Pair) -> dict[str, bytes]:
+    """Give what a guest has to be able to send to its neighbours."""
+    nothing = "00:00:00:00:00:00"
+
+    def own(kind: int, payload: bytes, target: str = BROADCAST) -> bytes:
+        return ethernet(pair.one_mac, target, kind, payload)
+
+    return {
+        "IPv4": pair.own_udp(b""),
+        "broadcast": own(0x0800, ip4(pair.one, "255.255.255.255", UDP, _payload())),
+        "ARP": own(0x0806, arp(1, (pair.one_mac, pair.one), (nothing, pair.two))),
+        "ARP answer": own(
+            0x0806, arp(2, (pair.one_mac, pair.one), (pair.two_mac, pair.two)), pair.two_mac
+        ),
+        "ARP of its own": own(0x0806, arp(1, (pair.one_mac, pair.one), (nothing, pair.one))),
+        "ARP probe": own(0x0806, arp(1, (pair.one_mac, "0.0.0.0"), (nothing, pair.one))),
+        "DHCP client": own(0x0800, ip4("0.0.0.0", "255.255.255.255", UDP, _payload(68, 67))),
+        "IPv6": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload()), pair.two_mac),
+        "echo": own(0x86DD, icmp6(pair.one6, pair.two6, 128, bytes(4)), pair.two_mac),
+        "solicitation": own(0x86DD, neighbour(135, pair.one6, pair.two6, pair.two6, pair.one_mac)),
+        "solicitation without a MAC": own(
+            0x86DD, neighbour(135, pair.one6, pair.two6, pair.two6, None)
+        ),
+        "advertisement": own(
+            0x86DD, neighbour(136, pair.one6, pair.two6, pair.one6, pair.one_mac), pair.two_mac
+        ),
+        "advertisement without a MAC": own(
+            0x86DD, neighbour(136, pair.one6, pair.two6, pair.one6, None)
+        ),
+        "looking for its own address": own(
+            0x86DD, neighbour(135, "::", pair.two6, pair.one6, None)
+        ),
+    }

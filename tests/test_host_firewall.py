@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import frames
 import pytest
-from frames import BROADCAST, ICMP, UDP, arp, ethernet, icmp, icmp6, ip4, ip6, link_local, tagged
+from frames import BROADCAST, NOBODY_MAC, UDP, Pair, ethernet, grace, harm, ip4
 from test_host_network_kernel import in_namespace, ip
 
 from oscloudd.errors import NotFoundError
@@ -32,8 +32,7 @@ GATEWAY, GATEWAY_MAC = "192.168.0.1", "02:05:c0:a8:00:01"
 ONE, ONE_MAC = "192.168.0.2", "52:54:00:00:00:02"
 TWO, TWO_MAC = "192.168.0.3", "52:54:00:00:00:03"
 OTHER, OTHER_MAC = "172.16.0.2", "52:54:00:00:00:04"
-ONE6, TWO6, GATEWAY6 = link_local(ONE_MAC), link_local(TWO_MAC), link_local(GATEWAY_MAC)
-NOBODY_MAC = "52:54:00:00:00:99"
+PAIR = Pair(ONE, ONE_MAC, TWO, TWO_MAC, GATEWAY, GATEWAY_MAC)
 WORLD, HOST_OUTSIDE = "10.9.0.2", "10.9.0.1"
 METADATA = "169.254.169.254"
 
@@ -207,109 +206,6 @@ def firewalled(networks: list[GuestNetwork]) -> Iterator[tuple[Guest, Guest, Gue
         yield one, other, world
 
 
-def own_udp(payload: bytes, target_mac: str = TWO_MAC, target: str = TWO) -> bytes:
-    return ethernet(ONE_MAC, target_mac, 0x0800, ip4(ONE, target, UDP, udp(payload)))
-
-
-def udp(payload: bytes, source: int = 7000, target: int = 7000) -> bytes:
-    return frames.udp(source, target, payload)
-
-
-def harm() -> dict[str, bytes]:
-    """Give what a guest must not send to its neighbour."""
-    packet = udp(b"")
-    own_packet = ip4(ONE, TWO, UDP, packet)
-    in_vlan = ip4(ONE, TWO, UDP, udp(b"", 7001))
-    in_q_in_q = ip4(ONE, TWO, UDP, udp(b"", 7002))
-    all_nodes, all_nodes_mac = "ff02::1", "33:33:00:00:00:01"
-
-    def own(kind: int, payload: bytes, target: str = TWO_MAC) -> bytes:
-        return ethernet(ONE_MAC, target, kind, payload)
-
-    def advertised(lifetime: int) -> bytes:
-        return icmp6(ONE6, all_nodes, 134, bytes([64, 0, lifetime]) + bytes(9))
-
-    return {
-        "source MAC": ethernet(NOBODY_MAC, TWO_MAC, 0x0800, own_packet),
-        "source address": own(0x0800, ip4("192.168.0.77", TWO, UDP, packet)),
-        "gateway's address": own(0x0800, ip4(GATEWAY, TWO, UDP, packet)),
-        "ARP as gateway": own(0x0806, arp(2, (ONE_MAC, GATEWAY), (TWO_MAC, TWO))),
-        "ARP as gateway, asking": own(
-            0x0806, arp(1, (ONE_MAC, GATEWAY), (TWO_MAC, TWO)), BROADCAST
-        ),
-        "ARP inner MAC": own(0x0806, arp(2, (NOBODY_MAC, ONE), (TWO_MAC, TWO))),
-        "ARP probe of a neighbour's": own(
-            0x0806, arp(1, (ONE_MAC, "0.0.0.0"), ("00:00:00:00:00:00", TWO)), BROADCAST
-        ),
-        "DHCP server": own(0x0800, ip4(ONE, TWO, UDP, udp(b"", 67, 68))),
-        "DHCP server on another port": own(0x0800, ip4(ONE, TWO, UDP, udp(b"", 7000, 68))),
-        "ICMP redirect": own(
-            0x0800, ip4(ONE, TWO, ICMP, icmp(5, ip4(ONE, TWO, UDP, udp(b"", 7004)), 1))
-        ),
-        "VLAN": tagged(own(0x0800, in_vlan), 0x8100),
-        "Q-in-Q": tagged(own(0x0800, in_q_in_q), 0x88A8, 0x8100),
-        "another protocol": own(0x88B5, bytes(range(46))),
-        "spanning tree": ethernet(ONE_MAC, "01:80:c2:00:00:00", 4, b"\x42\x42\x03\x00"),
-        "IPv6 source MAC": ethernet(
-            NOBODY_MAC, TWO_MAC, 0x86DD, ip6(ONE6, TWO6, UDP, udp(b"", 7003))
-        ),
-        "IPv6 source address": own(0x86DD, ip6("fe80::77", TWO6, UDP, packet)),
-        "IPv6 gateway's address": own(0x86DD, ip6(GATEWAY6, TWO6, UDP, packet)),
-        "IPv6 of no link": own(0x86DD, ip6("fd00::2", TWO6, UDP, packet)),
-        "router advertisement": own(0x86DD, advertised(1), all_nodes_mac),
-        "router advertisement behind a header": own(
-            0x86DD,
-            ip6(ONE6, all_nodes, 0, bytes([58, 0, 1, 4, 0, 0, 0, 0]) + advertised(2)[40:]),
-            all_nodes_mac,
-        ),
-        "router advertisement in a fragment": own(
-            0x86DD,
-            ip6(ONE6, all_nodes, 44, bytes([58, 0, 0, 1, 0, 0, 0, 7]) + advertised(3)[40:]),
-            all_nodes_mac,
-        ),
-        "IPv6 redirect": own(0x86DD, icmp6(ONE6, TWO6, 137, bytes(range(36)))),
-        "advertisement of the gateway": own(
-            0x86DD, frames.neighbour(136, ONE6, TWO6, GATEWAY6, ONE_MAC)
-        ),
-        "advertisement with another's MAC": own(
-            0x86DD, frames.neighbour(136, ONE6, TWO6, ONE6, NOBODY_MAC)
-        ),
-        "solicitation with another's MAC": own(
-            0x86DD, frames.neighbour(135, ONE6, TWO6, TWO6, NOBODY_MAC)
-        ),
-        "looking for a neighbour's address": own(
-            0x86DD, frames.neighbour(135, "::", TWO6, TWO6, None)
-        ),
-        "multicast query": own(0x86DD, icmp6(ONE6, all_nodes, 130, bytes(20)), all_nodes_mac),
-        "DHCPv6 server": own(0x86DD, ip6(ONE6, TWO6, UDP, udp(b"", 547, 546))),
-    }
-
-
-def grace() -> dict[str, bytes]:
-    """Give what a guest has to be able to send to its neighbours."""
-    nothing = "00:00:00:00:00:00"
-
-    def own(kind: int, payload: bytes, target: str = BROADCAST) -> bytes:
-        return ethernet(ONE_MAC, target, kind, payload)
-
-    return {
-        "IPv4": own_udp(b""),
-        "broadcast": own(0x0800, ip4(ONE, "192.168.255.255", UDP, udp(b""))),
-        "ARP": own(0x0806, arp(1, (ONE_MAC, ONE), (nothing, TWO))),
-        "ARP answer": own(0x0806, arp(2, (ONE_MAC, ONE), (TWO_MAC, TWO)), TWO_MAC),
-        "ARP of its own": own(0x0806, arp(1, (ONE_MAC, ONE), (nothing, ONE))),
-        "ARP probe": own(0x0806, arp(1, (ONE_MAC, "0.0.0.0"), (nothing, ONE))),
-        "DHCP client": own(0x0800, ip4("0.0.0.0", "255.255.255.255", UDP, udp(b"", 68, 67))),
-        "IPv6": own(0x86DD, ip6(ONE6, TWO6, UDP, udp(b"")), TWO_MAC),
-        "echo": own(0x86DD, icmp6(ONE6, TWO6, 128, bytes(4)), TWO_MAC),
-        "solicitation": own(0x86DD, frames.neighbour(135, ONE6, TWO6, TWO6, ONE_MAC)),
-        "solicitation without a MAC": own(0x86DD, frames.neighbour(135, ONE6, TWO6, TWO6, None)),
-        "advertisement": own(0x86DD, frames.neighbour(136, ONE6, TWO6, ONE6, ONE_MAC), TWO_MAC),
-        "advertisement without a MAC": own(0x86DD, frames.neighbour(136, ONE6, TWO6, ONE6, None)),
-        "looking for its own address": own(0x86DD, frames.neighbour(135, "::", TWO6, ONE6, None)),
-    }
-
-
 def send_all(sender: Guest, victim: Guest, sent: dict[str, bytes]) -> set[str]:
     """Send these frames and give the names of those that have arrived."""
     for frame in sent.values():
@@ -319,7 +215,7 @@ def send_all(sender: Guest, victim: Guest, sent: dict[str, bytes]) -> set[str]:
 
 def find_arrived(sender: Guest, victim: Guest, sent: dict[str, bytes]) -> set[str]:
     """Send one more, which has to arrive, and give the names of those that did before it."""
-    sender.ask(f"frame {own_udp(frames.tag(1)).hex()}")
+    sender.ask(f"frame {PAIR.own_udp(frames.tag(1)).hex()}")
     arrived = victim.until(frames.tag(1))
     # The end of a frame, which no VLAN's tag is in: the kernel takes that out for who listens.
     ends = {name: frame[-28:] for name, frame in sent.items()}
@@ -330,12 +226,12 @@ def find_arrived(sender: Guest, victim: Guest, sent: dict[str, bytes]) -> set[st
 @in_namespace
 def test_nothing_forged_reaches_a_neighbour_and_all_that_is_honest_does() -> None:
     with two_neighbours() as (one, two):
-        assert send_all(one, two, harm()) == set(harm())
+        assert send_all(one, two, harm(PAIR)) == set(harm(PAIR))
         apply(NETWORKS)
         for port in PORTS[:2]:
             guard_port(port.tap, port.mac)
-        assert send_all(one, two, harm()) == set()
-        assert send_all(one, two, grace()) == set(grace())
+        assert send_all(one, two, harm(PAIR)) == set()
+        assert send_all(one, two, grace(PAIR)) == set(grace(PAIR))
 
 
 @in_namespace
@@ -345,7 +241,7 @@ def test_a_guest_is_told_by_its_tap() -> None:
         apply(NETWORKS, [GuestPort("osctap1", ONE_MAC, IPv4Address(ONE))])
         assert _arrives_before_what_is_allowed_next(one, two) == set()
         add_elements(build_elements(PORTS[0]))
-        assert send_all(one, two, grace()) == set(grace())
+        assert send_all(one, two, grace(PAIR)) == set(grace(PAIR))
         delete_elements(build_elements(PORTS[0]))
         delete_elements(build_elements(PORTS[0]))
         assert _arrives_before_what_is_allowed_next(one, two) == set()
@@ -353,10 +249,10 @@ def test_a_guest_is_told_by_its_tap() -> None:
 
 def _arrives_before_what_is_allowed_next(one: Guest, two: Guest) -> set[str]:
     """Send what is honest, then allow it, and send a last one."""
-    for frame in grace().values():
+    for frame in grace(PAIR).values():
         one.ask(f"frame {frame.hex()}")
     add_elements(build_elements(PORTS[0]))
-    arrived = find_arrived(one, two, grace())
+    arrived = find_arrived(one, two, grace(PAIR))
     delete_elements(build_elements(PORTS[0]))
     return arrived
 
@@ -370,7 +266,7 @@ def _steal(one: Guest, two: Guest) -> bool:
     with sender:
         sender.bind(("oscbr0", 0))
         for target, number in ((TWO_MAC, 1), (BROADCAST, 2)):
-            packet = ip4(GATEWAY, TWO, UDP, udp(frames.tag(number)))
+            packet = ip4(GATEWAY, TWO, UDP, frames.udp(7000, 7000, frames.tag(number)))
             sender.send(ethernet(GATEWAY_MAC, target, 0x0800, packet))
     got = frames.tag(1) in one.until(frames.tag(2))
     assert got != (frames.tag(1) in two.until(frames.tag(2)))
@@ -393,7 +289,7 @@ def test_a_frame_that_no_bridge_forwards_does_not_reach_the_host() -> None:
     with two_neighbours() as (one, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as service:
         service.bind((GATEWAY, 7000))
         service.settimeout(20)
-        packet = ip4(ONE, GATEWAY, UDP, udp(b"slipped in"))
+        packet = ip4(ONE, GATEWAY, UDP, frames.udp(7000, 7000, b"slipped in"))
         frame = ethernet(ONE_MAC, "01:80:c2:00:00:0e", 0x0800, packet)
         one.ask(f"frame {frame.hex()}")
         assert service.recv(100) == b"slipped in"
@@ -411,7 +307,7 @@ def test_neighbours_ping_and_connect_and_ping_their_gateway() -> None:
         apply(NETWORKS)
         for port in PORTS[:2]:
             guard_port(port.tap, port.mac)
-        for address in (TWO, GATEWAY, TWO6, GATEWAY6):
+        for address in (TWO, GATEWAY, PAIR.two6, PAIR.gateway6):
             assert one.ask(f"ping {address}") == "done"
         two.ask("bind tcp 80")
         two.say("accept 80")
