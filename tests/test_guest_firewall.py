@@ -111,22 +111,6 @@ def pair_of(guests: list[dict[str, Any]]) -> Pair:
     )  # fmt: skip
 
 
-def test_nothing_forged_leaves_a_guest_and_all_that_is_honest_does(
-    cloud: GuestCloud, guests: list[dict[str, Any]]
-) -> None:
-    pair = pair_of(guests)
-    assert send_all(cloud, guests, harm(pair)) == set()
-    assert send_all(cloud, guests, grace(pair)) == set(grace(pair))
-    # Without our rules it does: nobody is there to put them back.
-    cloud.end(signal.SIGKILL)
-    cloud.run("nft", "flush ruleset")
-    assert send_all(cloud, guests, harm(pair)) == set(harm(pair))
-    cloud.start()
-    tables = "bridge oscloud"
-    cloud.until(lambda: tables in cloud.run("nft", "list", "tables"), "the tables")
-    assert send_all(cloud, guests, harm(pair)) == set()
-
-
 def answers(cloud: GuestCloud, vm: dict[str, Any], address: str, ports: list[int]) -> set[str]:
     """Give what answers a guest at an address: "ping", and TCP ports that take a connection."""
     words = [f"ping -c 1 -W 5 {address} >/dev/null && echo ping"]
@@ -190,3 +174,20 @@ def test_addresses_are_kept_over_stop_and_start_and_run_out(
         cloud.create("one-more", network="lab")
     cloud.call("vm_delete", vm=rest[1]["id"], force=True)
     assert more(cloud, "next")["ip"] == "10.20.0.5"
+
+
+# The last one: without our rules it leaves the guests with wrong ideas of their neighbours.
+def test_nothing_forged_leaves_a_guest_and_all_that_is_honest_does(
+    cloud: GuestCloud, guests: list[dict[str, Any]]
+) -> None:
+    pair = pair_of(guests)
+    assert send_all(cloud, guests, harm(pair)) == set()
+    assert send_all(cloud, guests, grace(pair)) == set(grace(pair))
+    # Without our rules it does: nobody is there to put them back.
+    cloud.end(signal.SIGKILL)
+    cloud.run("nft", "flush ruleset")
+    assert send_all(cloud, guests, harm(pair)) == set(harm(pair))
+    cloud.start()
+    tables = "bridge oscloud"
+    cloud.until(lambda: tables in cloud.run("nft", "list", "tables"), "the tables")
+    assert send_all(cloud, guests, harm(pair)) == set()

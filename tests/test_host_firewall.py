@@ -92,6 +92,8 @@ for line in sys.stdin:
     if verb == "receive":
         data, source = bound[words[0]].recvfrom(100)
         answer = f"{data.decode()} {source[0]}"
+    if verb == "answer":
+        bound[words[0]].sendto(b"answer", source)
     if verb == "accept":
         client, source = bound[words[0]].accept()
         client.close()
@@ -323,10 +325,15 @@ def test_guest_reaches_the_world_behind_the_hosts_address_only() -> None:
         ip(f"route add {METADATA}/32 dev uplink")
         # These don't pass; what comes after them on the same way shows that they didn't.
         one.run("ip", "address", "add", "203.0.113.5/32", "dev", "eth0")
+        add_elements(build_elements(GuestPort("osctap0", ONE_MAC, IPv4Address("203.0.113.5"))))
         one.ask(f"send {WORLD} 7000 forged 203.0.113.5")
         one.ask(f"send {METADATA} 7000 metadata")
         one.ask(f"send {WORLD} 7000 honest")
         assert world.ask("receive 7000") == f"honest {HOST_OUTSIDE}"
+        world.ask("bind tcp 80")
+        world.say("accept 80")
+        one.ask(f"connect {WORLD} 80")  # answers come back
+        assert world.hear() == HOST_OUTSIDE
 
 
 @in_namespace
@@ -393,6 +400,8 @@ def test_guest_reaches_dns_and_dhcp_at_its_gateway_and_nothing_else_on_the_host(
         one.ask("bind udp 7001")
         services[7000].sendto(b"hello", (ONE, 7001))
         assert one.ask("receive 7001") == f"hello {GATEWAY}"
+        one.ask("answer 7001")
+        assert services[7000].recv(100) == b"answer"
 
 
 def _listed() -> str:
