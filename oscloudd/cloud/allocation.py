@@ -12,6 +12,8 @@ from oscloudd.errors import ExhaustedError, InUseError, InvalidArgumentError
 # The original's ports: 10002, 10004, …
 FIRST_SERIAL_PORT = 10002
 _SERIAL_PORT_STEP = 2
+# A network's vms share a bridge, which has so many ports: linux/if_bridge.h BR_MAX_PORTS less one.
+MAX_GUESTS = 1023
 # Below the range the kernel takes ephemeral ports from (ip_local_port_range, 32768).
 _LAST_SERIAL_PORT = 32766
 
@@ -36,7 +38,7 @@ def gateway_of(subnet: IPv4Network) -> IPv4Address:
 
 def count_addresses(subnet: IPv4Network) -> int:
     """Give how many guests have room beside the gateway."""
-    return subnet.num_addresses - 3
+    return min(subnet.num_addresses - 3, MAX_GUESTS)
 
 
 def allocate_address(
@@ -46,6 +48,12 @@ def allocate_address(
 
     Raises InvalidArgumentError, InUseError or ExhaustedError.
     """
+    if len(taken) >= MAX_GUESTS:
+        raise ExhaustedError(
+            f"network {network!r} has {len(taken)} vms: a bridge has no more ports",
+            hint="use another network, or make one: oscloudctl network-create",
+            resource="bridge_port",
+        )
     if wanted is not None:
         return _check_wanted(subnet, taken, wanted, network)
     for number in range(2, subnet.num_addresses - 1):
