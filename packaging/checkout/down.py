@@ -19,7 +19,11 @@ from stages import CheckoutError, run, run_command, say, stage
 from supervised import Supervised
 from up import locked
 
-# A daemon that was installed has the same table; it is not ours to remove.
+# Deleting one that is not there would fail.
+_REMOVAL = "".join(
+    f"add table {family} oscloud\ndelete table {family} oscloud\n" for family in ("inet", "bridge")
+)
+# A daemon that was installed has the same tables; they are not ours to remove.
 _SYSTEM_SOCKET = Path("/run/oscloud/oscloudd.sock")
 
 _CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "build", "dist")
@@ -100,13 +104,13 @@ def find_orphans() -> list[int]:
 
 
 def remove_leftovers(bridges: list[str]) -> None:
-    """Remove our bridges and our nft table from the host's own network."""
+    """Remove our bridges and our nft tables from the host's own network."""
     present = json.loads(run(["ip", "-json", "link", "show", "type", "bridge"]) or "[]")
     for link in present:
         if link.get("ifname") in bridges and link.get("ifalias") == "oscloud":
             run(["ip", "link", "delete", link["ifname"]])
     if not _SYSTEM_SOCKET.exists():
-        run(["nft", "-f", "-"], input_text="add table inet oscloud\ndelete table inet oscloud\n")
+        run(["nft", "-f", "-"], input_text=_REMOVAL)
 
 
 def remove_made() -> None:
