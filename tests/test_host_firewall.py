@@ -391,6 +391,13 @@ def test_guest_reaches_dns_and_dhcp_at_its_gateway_and_nothing_else_on_the_host(
         for port in (53, 67):
             one.ask(f"send {GATEWAY} {port} question")
             assert services[port].recv(100) == b"question"
+        discover = ip4("0.0.0.0", "255.255.255.255", UDP, frames.udp(68, 67, b"discover"))
+        one.ask(f"frame {ethernet(ONE_MAC, BROADCAST, 0x0800, discover).hex()}")
+        assert services[67].recv(100) == b"discover"
+        with socket.create_server((GATEWAY, 53)) as server:
+            one.say(f"connect {GATEWAY} 53")
+            server.accept()[0].close()
+            assert one.hear() == "done"
         for service in services.values():
             service.setblocking(False)
             with pytest.raises(BlockingIOError):

@@ -19,7 +19,7 @@ from stages import CheckoutError, run, run_command, say, stage
 from supervised import Supervised
 from up import locked
 
-# A daemon that was installed has the same table; it is not ours to remove.
+# A daemon that was installed has the same tables; they are not ours to remove.
 _SYSTEM_SOCKET = Path("/run/oscloud/oscloudd.sock")
 
 _TABLES = ("inet oscloud", "bridge oscloud", "ip oscloud_ports", "netdev oscloud_rates")
