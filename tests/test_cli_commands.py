@@ -594,6 +594,18 @@ def test_completes_commands_and_names(ctl: Oscloudctl, words: str, expected: lis
     assert [line.partition(",")[2] for line in done.stdout.splitlines()] == expected
 
 
+def test_completes_the_snapshots_of_the_vm_that_was_named(
+    ctl: Oscloudctl, daemon: StubDaemon
+) -> None:
+    daemon.answers["snapshot_list"] = [SNAPSHOT, {**SNAPSHOT, "id": 2, "name": "before"}]
+    done = ctl(
+        _OSCLOUDCTL_COMPLETE="bash_complete", COMP_WORDS="oscloudctl snapshot-delete web b",
+        COMP_CWORD="3",
+    )  # fmt: skip
+    assert done.stdout.strip() == "plain,before"
+    assert daemon.params_of("snapshot_list") == [{"vm": "web"}]
+
+
 def test_completion_without_a_daemon_is_silent(ctl: Oscloudctl) -> None:
     done = ctl(
         _OSCLOUDCTL_COMPLETE="bash_complete", COMP_WORDS="oscloudctl vm-stop w", COMP_CWORD="2",

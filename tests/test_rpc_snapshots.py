@@ -275,11 +275,13 @@ def test_memory_that_is_of_no_use_is_refused_before_anything_is_lost(box: Box) -
 
 def test_a_guest_that_can_not_be_saved_goes_on(box: Box) -> None:
     vm = settled(box, "web-save_fails")
-    memory = remembered(box, vm["name"])
+    memory, before = remembered(box, vm["name"]), written(box, vm["name"])
     error = refused(box, "snapshot_create", vm=vm["name"], name="a", memory=True)
     assert (error.kind, "No space left" in error.message) == ("host_failure", True)
     seen = box.call("vm_info", vm=vm["name"])
     assert (seen["pid"], seen["state"]) == (vm["pid"], "RUNNING")
     assert (remembered(box, vm["name"]), tree(box, vm["name"])) == (memory, {})
+    assert written(box, vm["name"]) == before + 1
     run_again(box, vm["name"])
+    assert written(box, vm["name"]) == before + 2
     check_accounted(box)

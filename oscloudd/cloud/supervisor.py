@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -437,10 +436,7 @@ class Supervisor:
     ) -> MachineFiles:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         paths.run_directory.mkdir(parents=True, exist_ok=True)
-        layers: list[Path] = []
-        if vm.layer_id is not None:
-            chain = await self._states.look(lambda: read_chain(vm.layer_id))
-            layers = [layer_disk(self._config, layer_id) for layer_id in reversed(chain)]
+        chain = await self._states.look(lambda: read_chain(vm.layer_id)) if vm.layer_id else []
         return MachineFiles(
             run_directory=paths.run_directory,
             qemu_log=paths.qemu_log,
@@ -448,7 +444,7 @@ class Supervisor:
             disk=paths.disk,
             base=template.image,
             frozen=None if vm.warm_image is None else frozen_disk(self._config, vm.warm_image),
-            layers=tuple(layers),
+            layers=tuple(layer_disk(self._config, each) for each in reversed(chain)),
             memory=None if warm is None else warm.memory,
             seed=paths.seed if paths.seed.exists() else None,
             kernel=template.kernel,
