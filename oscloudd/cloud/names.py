@@ -10,6 +10,7 @@ from ipaddress import IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.states import VmState
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, NotFoundError
@@ -54,7 +55,8 @@ class Names:
 
     async def prepare(self) -> None:
         """Write down the names of all vms, and serve where vms run; forget who is gone."""
-        vms = await self._database.run(read_vms)
+        # One that is being deleted may have lost its name already, and would keep it.
+        vms = [vm for vm in await self._database.run(read_vms) if vm.state != VmState.DELETING]
         known = {(vm.bridge, str(vm.id)) for vm in vms}
         for path in self._directory.glob("*/hosts/*"):
             if (path.parent.parent.name, path.name) not in known:
