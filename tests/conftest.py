@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from daemon_process import Box
+from daemon_zygote import ZygoteBox
 from fake_qemu import install_fake_qemu
 from mariadb_server import MariaDb, is_installed
 
@@ -79,3 +80,18 @@ def open_box(binary: Path, server: MariaDb | None = None) -> Iterator[Box]:
         yield box
     finally:
         box.close()
+
+
+@pytest.fixture(scope="module")
+def zygote_box(fake_qemu_binary: Path) -> Iterator[ZygoteBox]:
+    """Give a cloud to kill daemons in; what a failure leaves in it is not complained of."""
+    if os.geteuid() != 0:
+        pytest.skip("namespaces need root")
+    box = ZygoteBox(fake_qemu_binary)
+    try:
+        box.start()
+        yield box
+    except BaseException:
+        box.discard()
+        raise
+    box.close()

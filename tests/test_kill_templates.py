@@ -5,7 +5,6 @@ A template is there whole or not at all, and nothing is left that the next daemo
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from bad_images import qcow2
@@ -25,18 +24,9 @@ matrix = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def box(fake_qemu_binary: Path) -> Iterator[ZygoteBox]:
-    if os.geteuid() != 0:
-        pytest.skip("namespaces need root")
+def box(zygote_box: ZygoteBox) -> ZygoteBox:
     os.environ["no_proxy"] = "*"
-    box = ZygoteBox(fake_qemu_binary)
-    try:
-        box.start()
-        yield box
-    except BaseException:
-        box.discard()
-        raise
-    box.close()
+    return zygote_box
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,18 @@
 
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from daemon_process import IMAGE, Box, RpcError
+from test_rpc_policies import reboot
 
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.machine.arguments import PORTS
 
 MIB = 1 << 20
+WRITTEN = b"what was on the disk before"
 
 
 def path_of(box: Box, disk: dict[str, Any]) -> Any:
@@ -112,9 +115,8 @@ def test_a_disk_is_plugged_into_a_running_vm_and_out_again(box: Box) -> None:
     # Its files are closed, or this would be refused as a second user of them.
     assert box.call("disk_attach", vm="web", disk="data")["slot"] == 1
     box.call("vm_delete", vm="web")
-    assert {disk["name"]: disk["vm"] for disk in box.call("disk_list")} == {
-        "data": None, "more": None,
-    }  # fmt: skip
+    left = {disk["name"]: (disk["vm"], disk["slot"]) for disk in box.call("disk_list")}
+    assert left == {"data": (None, None), "more": (None, None)}
 
 
 def test_a_vm_that_is_down_has_its_disks_when_it_starts(box: Box) -> None:
@@ -226,10 +228,14 @@ def test_a_disk_grows_and_never_shrinks(box: Box) -> None:
 
 def test_a_vm_begins_on_a_disk_that_there_is(box: Box) -> None:
     disk = box.call("disk_create", name="root", template=IMAGE, size="16M")
+    # Behind what qemu-img has written, where only a guest can have.
+    with path_of(box, disk).open("ab") as file:
+        file.write(WRITTEN)
     silent = {"name": "web-identity_silent", "mem_size": "64M", "wait": "started"}
     web = box.call("vm_create", disk="root", **silent)
     assert (web["disk"], web["disk_size"], web["os"]) == (disk["id"], 16 * MIB, IMAGE)
     assert (web["started"], web["state"]) == ("cold", "RUNNING")
+    assert WRITTEN in path_of(box, disk).read_bytes()
     shown = box.call("disk_info", disk="root")
     assert (shown["vm"], shown["role"], shown["slot"], shown["serial"]) == (
         "web-identity_silent", "root", None, None,
@@ -288,24 +294,34 @@ def test_disks_are_there_under_another_daemon(box: Box) -> None:
     assert plugged(box, "web") == []
 
 
-def test_a_detach_is_done_when_qemu_and_daemon_die_in_it(box: Box) -> None:
-    vm = box.create("web-keeps_disks", restart="always")
+def kill_all(box: Box) -> None:
+    box.end(signal.SIGKILL)
+    for pid in box.qemus():
+        os.kill(pid, signal.SIGKILL)
+    box.start()
+
+
+@pytest.mark.parametrize(
+    ("end", "policy"), [(kill_all, {"restart": "always"}), (reboot, {"autostart": "yes"})]
+)
+def test_a_detach_is_done_when_qemu_and_daemon_end_in_it(
+    box: Box, end: Callable[[Box], None], policy: dict[str, str]
+) -> None:
+    vm = box.create("web-keeps_disks", **policy)
     box.call("disk_create", name="data", size="1M")
     box.call("disk_attach", vm="web-keeps_disks", disk="data")
-    died: list[int] = []
+    jobs: list[int] = []
 
     def die(progress: dict[str, Any]) -> None:
-        if progress["stage"] == "unplugging" and not died:
-            died.append(progress["job"])
-            box.end(signal.SIGKILL)
-            os.kill(vm["pid"], signal.SIGKILL)
+        if progress["stage"] == "unplugging" and not jobs:
+            jobs.append(progress["job"])
+            end(box)
 
     with pytest.raises((AssertionError, ConnectionError)):
         box.call("disk_detach", die, vm="web-keeps_disks", disk="data")
-    box.start()
-    assert box.call("job_wait", job=died[0])["state"] == "DONE"
+    assert box.call("job_wait", job=jobs[0])["state"] == "DONE"
     assert box.call("disk_info", disk="data")["vm"] is None
-    # That its qemu has died is seen all the same, and its policy revives it.
+    # That its qemu has ended is seen all the same, and the vm is started as its user wants it.
     box.until(lambda: box.call("vm_info", vm=vm["id"])["pid"] not in (None, vm["pid"]), "a start")
     assert plugged(box, "web-keeps_disks") == []
 
