@@ -46,9 +46,9 @@ def box(fake_qemu_binary: Path) -> Iterator[Box]:
         box.close()
 
 
-def ask(box: Box, name: str) -> str:
+def ask(box: Box, name: str, gateway: str = GATEWAY) -> str:
     command = ["ip", "netns", "exec", box.namespace, sys.executable, "-I", "-c", ASK]
-    done = subprocess.run([*command, GATEWAY, name], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, gateway, name], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
@@ -134,3 +134,29 @@ def test_a_port_that_is_taken_does_not_keep_a_vm_from_starting(box: Box) -> None
         assert any("name server of oscbr0" in data for (data,) in told)
         taker.kill()
     until_answer(box, "web.oscloud", vm["ip"])
+
+
+def test_each_network_has_its_own_until_it_is_deleted(box: Box) -> None:
+    box.create("web")
+    lab = box.call("network_create", name="lab", subnet="10.20.0.0/24", isolated=True)
+    assert lab["dns"] == [lab["gateway"]] == ["10.20.0.1"]
+    vm = box.create("inside", network="lab")
+    box.until(lambda: ask(box, "inside", "10.20.0.1") == vm["ip"], "inside being known")
+    assert ask(box, "inside") == ask(box, "web", "10.20.0.1") == NOT_FOUND
+    directory = box.root / "run/names" / lab["bridge"]
+    pid = int((directory / "pid").read_text())
+    assert b"--no-resolv" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert b"--no-resolv" not in Path(f"/proc/{server(box)}/cmdline").read_bytes()
+    box.call("vm_delete", vm="inside", force=True)
+    pidfd = os.pidfd_open(pid)
+    box.call("network_delete", network="lab")
+    wait_for_end(pidfd)
+    os.close(pidfd)
+    assert not directory.exists()
+    # One that no daemon has ended.
+    box.end(signal.SIGKILL)
+    (box.root / "run/names/oscbr0").rename(box.root / "run/names/oscbr9")
+    box.start()
+    box.until(
+        lambda: not (box.root / "run/names/oscbr9").exists(), "what no network has being gone"
+    )

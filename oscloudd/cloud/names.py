@@ -5,11 +5,13 @@ A network whose row names servers of its own has none: its guests ask those.
 
 import asyncio
 import logging
+import shutil
 from contextlib import suppress
 from ipaddress import IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.states import VmState
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, NotFoundError
@@ -32,6 +34,8 @@ _log = logging.getLogger(__name__)
 # A name server that ends again and again is started again at ever longer intervals.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 60.0
+# What ends a name server does not ask where it answered.
+_NO_SUBNET = IPv4Network("0.0.0.0/0")
 # One that has run for so long was well.
 _WELL_SECONDS = 60.0
 
@@ -54,16 +58,23 @@ class Names:
 
     async def prepare(self) -> None:
         """Write down the names of all vms, and serve where vms run; forget who is gone."""
-        vms = await self._database.run(read_vms)
+        networks = await self._database.run(_read_networks)
+        bridges = {bridge for bridge, *_ in networks}
+        for path in self._directory.glob("*"):
+            if path.name not in bridges:  # its network was deleted, and a daemon died in that
+                await self.end(path.name, _NO_SUBNET)
+        # One that is being deleted may have lost its name already, and would keep it.
+        vms = [vm for vm in await self._database.run(read_vms) if vm.state != VmState.DELETING]
         known = {(vm.bridge, str(vm.id)) for vm in vms}
         for path in self._directory.glob("*/hosts/*"):
             if (path.parent.parent.name, path.name) not in known:
                 path.unlink()
         for vm in vms:
             self.publish(vm)
-        running = {vm.network_id for vm in vms if vm.is_process_alive()}
-        for bridge, subnet, isolated in await self._database.run(lambda: _read_networks(running)):
-            self._keep(self.server(bridge, subnet, isolated=isolated))
+        running = {vm.bridge for vm in vms if vm.is_process_alive()}
+        for bridge, subnet, isolated, is_own in networks:
+            if bridge in running and not is_own:
+                self._keep(self.server(bridge, subnet, isolated=isolated))
 
     async def serve(self, bridge: str, subnet: IPv4Network, *, isolated: bool) -> None:
         """Have a network's name server answer, or be tried again and again behind our back."""
@@ -94,13 +105,16 @@ class Names:
             if server.bridge not in running:
                 await _end(server)
 
-    async def end(self, bridge: str) -> None:
+    async def end(self, bridge: str, subnet: IPv4Network) -> None:
         """End the name server of a network that is being deleted; may be called again."""
         keeping = self._keeping.pop(bridge, None)
         if keeping is not None:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
-            await _end(self._servers.pop(bridge))
+        self._servers.pop(bridge, None)
+        server = self.server(bridge, subnet)
+        await _end(server)
+        await asyncio.to_thread(shutil.rmtree, server.directory, ignore_errors=True)
 
     def find_troubles(self) -> list[str]:
         """Give what is wrong with the name servers that should answer."""
@@ -167,12 +181,12 @@ async def _end(server: NameServer) -> None:
             await end_session(open_process(identity))
 
 
-def _read_networks(running: set[int]) -> list[tuple[str, IPv4Network, bool]]:
-    """Give bridge and subnet of these networks if they name no servers, and whether isolated."""
+def _read_networks() -> list[tuple[str, IPv4Network, bool, bool]]:
+    """Give each network's bridge, subnet, whether it is isolated, and whether it names servers."""
     rows = Network.select(
-        Network.bridge_interface_idx, Network.ip, Network.mask, Network.isolated
-    ).where(Network.id.in_(running), Network.dns == "")
+        Network.bridge_interface_idx, Network.ip, Network.mask, Network.isolated, Network.dns
+    )
     return [
-        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(isolated))
-        for index, ip, mask, isolated in rows.tuples()
+        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(isolated), bool(dns))
+        for index, ip, mask, isolated, dns in rows.tuples()
     ]

@@ -188,7 +188,7 @@ class Networks:
         async with self._host:
             network = await self._database.run(take_row)
             self._checked.pop(network.id, None)
-            await self._names.end(network.bridge)
+            await self._names.end(network.bridge, network.subnet)
             await remove_bridge(network.bridge)
             if network.id in self._known_up:
                 self._known_up.remove(network.id)
