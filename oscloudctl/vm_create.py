@@ -50,7 +50,9 @@ SILENCE_SECONDS = 900.0
 )  # fmt: skip
 @click.option("--no-ssh-key", is_flag=True, help="Put no key in.")
 @click.option("--password", metavar="WORD", help='Root\'s password; "-" asks for it.')
-@click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
+@click.option(
+    "--user-data", metavar="FILE", help='For cloud-init, cloud-config or script; "-" is stdin.'
+)
 @policy_options
 @click.option(
     "--warm", type=click.Choice(["auto", "off", "only"]),

@@ -48,6 +48,7 @@ from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.guest.seed import check_user_data
 from oscloudd.host.keys import check_public_key
 from oscloudd.units import check_name, parse_size
 
@@ -326,7 +327,7 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         ssh_keys=tuple(check_public_key(key) for key in keys),
         ip=params.ip,
         password=chosen,
-        user_data=params.user_data,
+        user_data=check_user_data(params.user_data),
         wait=params.wait,
         autostart=params.autostart,
         restart=params.restart,

@@ -1,0 +1,110 @@
+"""Guests with cloud-init, as vendors have them: imported, booted by their own loader, logged into.
+
+A boot takes an emulated guest a minute, so there are few, side by side where that goes.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from guest_cloud import GuestCloud, open_cloud
+from vendor_image import ensure_vendor_image
+
+from oscloudctl.client import Client
+from oscloudd.errors import HostError
+
+pytestmark = pytest.mark.guest
+
+LIMIT_SECONDS = 1200.0
+SHAPE = {"image": "vendor", "mem_size": "512M", "disk_size": "3G", "wait": "ready"}
+
+# A list of each kind that ours might have had, and a password that is for the image's own user.
+CONFIG = """\
+#cloud-config
+password: theirs
+chpasswd: {expire: false}
+write_files:
+  - {path: /etc/users_file, content: written by the user}
+bootcmd: ["echo boot >>/root/boots"]
+runcmd: ["echo ran >>/root/ran"]
+"""
+SCRIPT = "#!/bin/sh\necho what the script says\nexit 3\n"
+
+IDENTITY = """\
+hostname; cat /etc/machine-id /etc/hosts /etc/ssh/ssh_host_*; grep root: /etc/shadow
+ip -4 -o address show eth0; ip route; cat /root/ran /root/.ssh/authorized_keys
+"""
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[GuestCloud]:
+    image = ensure_vendor_image()
+    with open_cloud() as cloud:
+        cloud.control("template-import", str(image), "--name", "vendor")
+        yield cloud
+
+
+def create(cloud: GuestCloud, name: str, user_data: str) -> dict[str, Any]:
+    """Make a vm over a connection of its own."""
+    client = Client(cloud.client.socket_path)
+    public = cloud.key.with_suffix(".pub").read_text().strip()
+    params = {"name": name, "ssh_key": [public], "user_data": user_data, **SHAPE}
+    try:
+        vm: dict[str, Any] = client.call("vm_create", params, timeout_seconds=LIMIT_SECONDS)
+    finally:
+        client.close()
+    return vm
+
+
+@pytest.fixture(scope="module")
+def making(cloud: GuestCloud) -> Iterator[dict[str, "Future[dict[str, Any]]"]]:
+    """Two vms in the making."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            "my_web": pool.submit(create, cloud, "my_web", CONFIG),
+            "broken": pool.submit(create, cloud, "broken", SCRIPT),
+        }
+
+
+def test_a_vendors_image_becomes_who_it_is_told(
+    cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"]
+) -> None:
+    vm = making["my_web"].result()
+    assert vm["ready"]
+    assert cloud.ssh(vm, "cloud-init status") == "status: done"
+    assert cloud.ssh(vm, "hostname") == "my-web"
+    assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address show eth0")
+    assert f"default via {vm['gateway']} " in cloud.ssh(vm, "ip route")
+    resolver = cloud.run("cat", "/etc/resolv.conf").split("nameserver ")[1].split()[0]
+    assert f"nameserver {resolver}" in cloud.ssh(vm, "cat /run/systemd/resolve/resolv.conf")
+    assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 2.7 * (1 << 20)
+    assert "Powered by OS Cloud" in cloud.ssh(vm, "cat /run/motd.dynamic")
+    # What the host wants is nobody's to lose who has lists of his own.
+    assert cloud.ssh_by_password(vm, "123456", "hostname") == "my-web"
+    assert cloud.ssh(vm, "cat /etc/users_file") == "written by the user"
+    assert cloud.ssh(vm, "cat /root/ran") == "ran"
+    assert cloud.ssh(vm, "passwd -S debian").split()[:2] == ["debian", "P"]
+    assert cloud.ssh(vm, "cut -d ' ' -f 3 /home/debian/.ssh/authorized_keys") == "test"
+
+
+def test_what_went_wrong_is_told_in_cloud_inits_own_words(
+    cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"]
+) -> None:
+    with pytest.raises(HostError, match=r"cloud-init failed: \('scripts-user', ") as caught:
+        making["broken"].result()
+    assert "what the script says" in json.dumps(caught.value.details)
+    assert [vm["name"] for vm in cloud.call("vm_list")] == ["my_web"]
+
+
+def test_a_second_boot_changes_nothing(
+    cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"]
+) -> None:
+    vm = making["my_web"].result()
+    before = cloud.ssh(vm, IDENTITY)
+    cloud.call("vm_restart", vm=vm["id"])
+    again = cloud.wait(vm)
+    assert again["pid"] != vm["pid"]
+    assert cloud.ssh(again, IDENTITY) == before
+    assert cloud.ssh(again, "cat /root/boots") == "boot\nboot"
