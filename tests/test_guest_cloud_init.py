@@ -3,9 +3,9 @@
 A boot takes an emulated guest a minute, so there are few, side by side where that goes.
 """
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +18,25 @@ from oscloudd.errors import HostError
 pytestmark = pytest.mark.guest
 
 LIMIT_SECONDS = 1200.0
-SHAPE = {"image": "vendor", "mem_size": "512M", "disk_size": "3G", "wait": "ready"}
+SHAPE = {"mem_size": "512M", "disk_size": "3G", "wait": "ready"}
+
+# One with hooks, of which the last fails. What its commands say is on the console.
+DECLARATION = """\
+description = "A vendor's, and what is done to it"
+os = "Debian 12"
+[source]
+kind = "build"
+[guest]
+identity = "cloud-init"
+commands = ["cat /etc/hooked", "stat -c 'is of %U, %a' /srv/hooked", "exit 3"]
+[guest.files."/srv/hooked"]
+owner = "debian"
+mode = "0600"
+"""
+BUILD = """\
+#!/bin/sh
+cp {image} "$1/disk.qcow2"
+"""
 
 # A list of each kind that ours might have had, and a password that is for the image's own user.
 CONFIG = """\
@@ -43,14 +61,26 @@ def cloud() -> Iterator[GuestCloud]:
     image = ensure_vendor_image()
     with open_cloud() as cloud:
         cloud.control("template-import", str(image), "--name", "vendor")
+        declare_hooked(cloud.root / "declared/hooked", image)
+        cloud.build("hooked")
         yield cloud
 
 
-def create(cloud: GuestCloud, name: str, user_data: str) -> dict[str, Any]:
+def declare_hooked(directory: Path, image: Path) -> None:
+    for name in ("etc/hooked", "srv/hooked"):
+        path = directory / "files" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"this is {name}\n")
+    (directory / "template.toml").write_text(DECLARATION)
+    (directory / "build").write_text(BUILD.format(image=image))
+    (directory / "build").chmod(0o755)
+
+
+def create(cloud: GuestCloud, name: str, image: str, user_data: str) -> dict[str, Any]:
     """Make a vm over a connection of its own."""
     client = Client(cloud.client.socket_path)
     public = cloud.key.with_suffix(".pub").read_text().strip()
-    params = {"name": name, "ssh_key": [public], "user_data": user_data, **SHAPE}
+    params = {"name": name, "image": image, "ssh_key": [public], "user_data": user_data, **SHAPE}
     try:
         vm: dict[str, Any] = client.call("vm_create", params, timeout_seconds=LIMIT_SECONDS)
     finally:
@@ -63,8 +93,8 @@ def making(cloud: GuestCloud) -> Iterator[dict[str, "Future[dict[str, Any]]"]]:
     """Two vms in the making."""
     with ThreadPoolExecutor() as pool:
         yield {
-            "my_web": pool.submit(create, cloud, "my_web", CONFIG),
-            "broken": pool.submit(create, cloud, "broken", SCRIPT),
+            "my_web": pool.submit(create, cloud, "my_web", "vendor", CONFIG),
+            "broken": pool.submit(create, cloud, "broken", "hooked", SCRIPT),
         }
 
 
@@ -92,9 +122,13 @@ def test_a_vendors_image_becomes_who_it_is_told(
 def test_what_went_wrong_is_told_in_cloud_inits_own_words(
     cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"]
 ) -> None:
-    with pytest.raises(HostError, match=r"cloud-init failed: \('scripts-user', ") as caught:
+    wanted = r"cloud-init failed: \('scripts-vendor', .*; \('scripts-user', "
+    with pytest.raises(HostError, match=wanted) as caught:
         making["broken"].result()
-    assert "what the script says" in json.dumps(caught.value.details)
+    console = caught.value.details["console"]
+    assert "this is etc/hooked" in console
+    assert "is of debian, 600" in console
+    assert "what the script says" in console
     assert [vm["name"] for vm in cloud.call("vm_list")] == ["my_web"]
 
 

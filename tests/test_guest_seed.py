@@ -15,6 +15,7 @@ import pytest
 from oscloudd.errors import HostError, InvalidArgumentError, OperationTimeoutError
 from oscloudd.guest import cloud_init
 from oscloudd.guest.cloud_init import parse_result, wait_cloud_init
+from oscloudd.guest.hooks import Hooks
 from oscloudd.guest.identity import GuestIdentity
 from oscloudd.guest.seed import build_seed_files, check_user_data, write_seed
 from oscloudd.host.keys import HostKey
@@ -31,10 +32,13 @@ IDENTITY = GuestIdentity(
     host_key=HostKey("PRIVATE\n", "ssh-ed25519 CCCC"),
     machine_id="0" * 32,
 )
+NO_HOOKS = Hooks()
 
 
-def seed(identity: GuestIdentity = IDENTITY, user_data: str = "") -> dict[str, str]:
-    files = build_seed_files(identity, "an-uuid", user_data)
+def seed(
+    identity: GuestIdentity = IDENTITY, user_data: str = "", hooks: Hooks = NO_HOOKS
+) -> dict[str, str]:
+    files = build_seed_files(identity, "an-uuid", user_data, hooks)
     return {name: content.decode() for name, content in files.items()}
 
 
@@ -93,9 +97,16 @@ def test_the_boothook_is_a_script_that_knows_its_values(tmp_path: Path) -> None:
     assert shlex.split(assignments[0]) == ["root_password_hash=$6$salt$it's"]
 
 
+def test_a_templates_commands_come_after_whose_its_files_are() -> None:
+    hooks = Hooks(owners=(("/srv/a b", "debian:users"),), commands=("one", "two; three"))
+    script = vendor_parts(seed(hooks=hooks))["text/x-shellscript"]
+    assert script == "#!/bin/sh\nset -e\nchown -h debian:users '/srv/a b'\none\ntwo; three\n"
+    assert "text/x-shellscript" not in vendor_parts(seed())
+
+
 def test_the_image_has_the_files_under_their_own_names(tmp_path: Path) -> None:
     path = tmp_path / "seed.iso"
-    write_seed(path, build_seed_files(IDENTITY, "an-uuid", "#!/bin/sh\n"))
+    write_seed(path, build_seed_files(IDENTITY, "an-uuid", "#!/bin/sh\n", NO_HOOKS))
     image = pycdlib.PyCdlib()
     image.open(str(path))
     names = {child.rock_ridge.name() for child in image.list_children(rr_path="/")}

@@ -12,6 +12,7 @@ from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.template_hooks import hooks_of
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
@@ -22,6 +23,7 @@ from oscloudd.cloud.warm_making import Shape
 from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError
+from oscloudd.guest.hooks import Hooks
 from oscloudd.host.images import create_overlay
 
 _log = logging.getLogger(__name__)
@@ -58,6 +60,10 @@ class FirstStarts:
             began = time.monotonic()
             await self._make_overlay(vm, await self._warm_image_of(job, vm))
             job.timings["overlay"] = time.monotonic() - began
+
+    def hooks_of(self, vm: VmRecord) -> Hooks:
+        """Give what the vm's template does in each of its guests. Blocking."""
+        return hooks_of(self._templates.get_ready(vm.template))
 
     async def take_spare(self, job: Job, vm: VmRecord) -> bool:
         """Make the spare that was claimed for a vm its qemu; False where it has none that works."""

@@ -7,7 +7,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,6 +16,7 @@ from oscloudd.units import check_name, parse_size
 
 DECLARATION = "template.toml"
 DIGEST = "digest"
+FILES = "files.tar.gz"
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,11 +44,27 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["qcow2", "raw"] = "qcow2"
 
 
+class PlacedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[guest.files."/path"]: whose a file in the guest is, and its mode, where not as usual."""
+
+    owner: Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_][a-z0-9_.-]*(:[a-z0-9_.-]+)?)?\Z")] = ""
+    mode: Annotated[str, msgspec.Meta(pattern=r"^([0-7]{3,4})?\Z")] = ""
+
+
 class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[guest]: how it is told who it is, and what its login prompt looks like."""
+    """[guest]: how it is told who it is, its login prompt, and what is done in it at first boot.
+
+    `commands` and `files` are for cloud-init: a template that is built does all that in `build`.
+    """
 
     identity: Literal["serial", "cloud-init"]
     login_prompt: str = "login:"
+    commands: list[str] = []
+    files: dict[str, PlacedFile] = {}
+
+    def __post_init__(self) -> None:
+        if self.identity == "serial" and (self.commands or self.files):
+            raise ValueError("commands and files are for an identity by cloud-init")
 
 
 class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

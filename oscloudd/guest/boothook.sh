@@ -1,5 +1,6 @@
 # The host's part in a guest with cloud-init, run early in each of its boots, before its network and
-# sshd. `seed` puts an interpreter and the variables root_password_hash and greeting before it.
+# sshd. `seed` puts an interpreter and the variables root_password_hash, greeting and files (those of
+# its template: a gzipped tar archive in base64) before it.
 #
 # Owns: what a first boot needs that a cloud-config of the user's would take away if it were in ours,
 # where a list replaces a list; and telling the host over the channel how cloud-init has ended.
@@ -30,8 +31,12 @@ install_greeting() {
     fi
 }
 
+install_files() {
+    [ -z "$files" ] || printf '%s' "$files" | base64 -d | tar -x -z -p -f - -C /
+}
+
 first_boot() {
-    allow_root && install_greeting || exit 1
+    allow_root && install_greeting && install_files || exit 1
     mkdir -p "${marker%/*}"
     : >"$marker"
 }

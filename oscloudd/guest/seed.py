@@ -5,6 +5,7 @@ form that cloud-init knows, and prevail over it. Format: cloud-init's documentat
 source, "Networking config Version 2" and "Vendor data".
 """
 
+import base64
 import shlex
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 import pycdlib
 
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.guest.hooks import Hooks
 from oscloudd.guest.identity import GREETING, GuestIdentity
 
 # What user data may begin with, from cloud-init's documentation, "User data formats".
@@ -48,7 +50,9 @@ def check_user_data(text: str) -> str:
     return text
 
 
-def build_seed_files(identity: GuestIdentity, instance_id: str, user_data: str) -> dict[str, bytes]:
+def build_seed_files(
+    identity: GuestIdentity, instance_id: str, user_data: str, hooks: Hooks
+) -> dict[str, bytes]:
     """Give the seed's files by name. JSON is YAML, so the values need no quoting of ours."""
     meta = {
         "instance-id": instance_id,
@@ -58,8 +62,10 @@ def build_seed_files(identity: GuestIdentity, instance_id: str, user_data: str) 
     }
     vendor = [
         {"type": "text/cloud-config", "content": _json(_cloud_config(identity))},
-        {"type": "text/cloud-boothook", "content": _boothook(identity)},
+        {"type": "text/cloud-boothook", "content": _boothook(identity, hooks)},
     ]
+    if script := hooks.script():
+        vendor.append({"type": "text/x-shellscript", "content": script})
     return {
         "meta-data": _json(meta).encode(),
         "network-config": _json(_network_config(identity)).encode(),
@@ -99,10 +105,14 @@ def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
     }
 
 
-def _boothook(identity: GuestIdentity) -> str:
+def _boothook(identity: GuestIdentity, hooks: Hooks) -> str:
     # root's password is not in our cloud-config: that has a place for a list only, and where it is
     # in use cloud-init ignores a "password" of the user's.
-    variables = {"root_password_hash": identity.root_password_hash, "greeting": GREETING}
+    variables = {
+        "root_password_hash": identity.root_password_hash,
+        "greeting": GREETING,
+        "files": base64.b64encode(hooks.files).decode(),
+    }
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
     return "".join(["#!/bin/sh\n", *lines, Path(__file__).with_name("boothook.sh").read_text()])
 
