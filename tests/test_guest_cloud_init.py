@@ -60,7 +60,7 @@ ip -4 -o address show eth0; ip route; cat /root/ran /root/.ssh/authorized_keys
 def cloud() -> Iterator[GuestCloud]:
     image = ensure_vendor_image()
     with open_cloud() as cloud:
-        cloud.control("template-import", str(image), "--name", "vendor")
+        cloud.control("template-import", str(image), "--name", "vendor", "--firmware", "uefi")
         declare_hooked(cloud.root / "declared/hooked", image)
         cloud.build("hooked")
         yield cloud
@@ -104,6 +104,7 @@ def test_a_vendors_image_becomes_who_it_is_told(
     vm = making["my_web"].result()
     assert vm["ready"]
     assert cloud.ssh(vm, "cloud-init status") == "status: done"
+    assert cloud.ssh(vm, "ls -d /sys/firmware/efi") == "/sys/firmware/efi"
     assert cloud.ssh(vm, "hostname") == "my-web"
     assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address show eth0")
     assert f"default via {vm['gateway']} " in cloud.ssh(vm, "ip route")

@@ -1,6 +1,7 @@
 """What a template does in its guests at their first boot: as declared, as packed."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_files_are_roots_and_keep_their_mode(tmp_path: Path) -> None:
     place(tmp_path, "etc/update-motd.d/99-welcome", mode=0o755)
     place(tmp_path, "srv/key", mode=0o644)
     (tmp_path / "files/etc/link").symlink_to("hosts")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "files/srv/key", 1000, 1000)
     entries = packed(tmp_path)
     assert {name: entry.mode for name, entry in entries.items() if entry.isreg()} == {
         "etc/update-motd.d/99-welcome": 0o755,
@@ -56,7 +59,9 @@ def test_files_are_roots_and_keep_their_mode(tmp_path: Path) -> None:
 def test_the_same_files_are_packed_the_same(tmp_path: Path) -> None:
     place(declare(tmp_path), "etc/one")
     declaration = read_declaration(tmp_path)
-    assert pack_files(tmp_path, declaration) == pack_files(tmp_path, declaration)
+    archive = pack_files(tmp_path, declaration)
+    assert archive[4:8] == bytes(4)  # RFC 1952, MTIME
+    assert archive == pack_files(tmp_path, declaration)
 
 
 def test_a_made_template_has_its_hooks(tmp_path: Path) -> None:
@@ -96,6 +101,13 @@ def test_files_too_large_for_a_seed_are_refused(
 def test_a_mistake_in_a_declaration_is_refused(tmp_path: Path, more: str) -> None:
     with pytest.raises(HostError, match=r"template\.toml"):
         read_declaration(declare(tmp_path, more))
+
+
+def test_firmware_is_for_images_that_boot_by_themselves(tmp_path: Path) -> None:
+    uefi = '[boot]\nfirmware = "uefi"\n'
+    assert read_declaration(declare(tmp_path, uefi)).boot.firmware == "uefi"
+    with pytest.raises(HostError, match="kernel given directly"):
+        read_declaration(declare(tmp_path, uefi + 'kernel = "vmlinuz"\n'))
 
 
 def test_a_template_that_is_built_has_no_commands(tmp_path: Path) -> None:

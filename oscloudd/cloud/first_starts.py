@@ -4,7 +4,9 @@ Each falls back to the next where it fails. Which of them is tried is written in
 its job when it is made, in `vm_create`; the steps that call this are in `vm_steps`.
 """
 
+import asyncio
 import logging
+import shutil
 import time
 
 from oscloudd.cloud.events import Events
@@ -24,7 +26,8 @@ from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError
 from oscloudd.guest.hooks import Hooks
-from oscloudd.host.images import create_overlay
+from oscloudd.host.firmware import UEFI_VARIABLES
+from oscloudd.host.images import create_overlay, durable
 
 _log = logging.getLogger(__name__)
 
@@ -144,6 +147,9 @@ class FirstStarts:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         for directory in (paths.disk_directory, paths.qemu_log.parent):
             directory.mkdir(parents=True, exist_ok=True)
+        if template.is_uefi:
+            await asyncio.to_thread(shutil.copyfile, UEFI_VARIABLES, paths.variables)
+            await asyncio.to_thread(durable, paths.variables)
         if vm.is_disk_kept:  # it was there before
             return
         if warm is not None:

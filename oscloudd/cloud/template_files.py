@@ -19,6 +19,9 @@ DIGEST = "digest"
 FILES = "files.tar.gz"
 
 
+Firmware = Literal["bios", "uefi"]
+
+
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[source]: where the image comes from."""
 
@@ -35,6 +38,11 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kernel: str = ""
     initrd: str = ""
     cmdline: str = ""
+    firmware: Firmware = "bios"
+
+    def __post_init__(self) -> None:
+        if self.kernel and self.firmware != "bios":
+            raise ValueError("a kernel given directly starts without firmware of another kind")
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,12 +116,17 @@ class ReadyTemplate:
         """The initial RAM disk that goes with it."""
         return self._optional(self.declaration.boot.initrd)
 
+    @property
+    def is_uefi(self) -> bool:
+        """Whether its image boots by UEFI."""
+        return self.declaration.boot.firmware == "uefi"
+
     def _optional(self, name: str) -> Path | None:
         return self.directory / name if name else None
 
 
 def format_declaration(
-    description: str, os: str, url: str, file_name: str, image_format: str
+    description: str, os: str, url: str, file_name: str, image_format: str, firmware: Firmware
 ) -> str:
     """Write the template.toml of an image that boots by itself and has cloud-init."""
     # A basic string of TOML takes what JSON escapes, for as long as it is printable.
@@ -128,6 +141,9 @@ os = {said["os"]}
 kind = "import"
 url = {said["url"]}
 format = "{image_format}"
+
+[boot]
+firmware = "{firmware}"
 
 [image]
 file = {said["file"]}

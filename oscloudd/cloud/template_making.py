@@ -16,6 +16,7 @@ from oscloudd.cloud.template_files import (
     DIGEST,
     FILES,
     Declaration,
+    Firmware,
     format_declaration,
     read_declaration,
 )
@@ -51,6 +52,7 @@ class ImportRequest:
     expected: Checksum | None
     format: ImageFormat | None
     os: str
+    firmware: Firmware
 
 
 class TemplateMaker:
@@ -89,8 +91,9 @@ class TemplateMaker:
         file_name = f"disk.{judged.format}"
         (making / _IMAGE).rename(making / file_name)
         text = format_declaration(
-            f"imported from {request.source}", request.os, request.url, file_name, judged.format
-        )
+            f"imported from {request.source}", request.os, request.url, file_name, judged.format,
+            request.firmware,
+        )  # fmt: skip
         (making / DECLARATION).write_text(text, encoding="utf-8")
 
     async def _fetch(self, url: str, expected: Checksum | None, making: Path, job: Job) -> None:
