@@ -3,6 +3,7 @@
 A boot takes an emulated guest a minute, so there are few, side by side where that goes.
 """
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -76,16 +77,20 @@ def declare_hooked(directory: Path, image: Path) -> None:
     (directory / "build").chmod(0o755)
 
 
-def create(cloud: GuestCloud, name: str, image: str, user_data: str) -> dict[str, Any]:
-    """Make a vm over a connection of its own."""
+def call(cloud: GuestCloud, method: str, **params: Any) -> dict[str, Any]:
+    """Call a method over a connection of its own, and wait as long as a boot may take."""
     client = Client(cloud.client.socket_path)
-    public = cloud.key.with_suffix(".pub").read_text().strip()
-    params = {"name": name, "image": image, "ssh_key": [public], "user_data": user_data, **SHAPE}
     try:
-        vm: dict[str, Any] = client.call("vm_create", params, timeout_seconds=LIMIT_SECONDS)
+        answer: dict[str, Any] = client.call(method, params, timeout_seconds=LIMIT_SECONDS)
     finally:
         client.close()
-    return vm
+    return answer
+
+
+def create(cloud: GuestCloud, name: str, image: str, user_data: str) -> dict[str, Any]:
+    public = cloud.key.with_suffix(".pub").read_text().strip()
+    given = {"name": name, "image": image, "ssh_key": [public], "user_data": user_data}
+    return call(cloud, "vm_create", **given, **SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +138,18 @@ def test_what_went_wrong_is_told_in_cloud_inits_own_words(
     assert [vm["name"] for vm in cloud.call("vm_list")] == ["my_web"]
 
 
-def test_a_second_boot_changes_nothing(
+def test_a_second_boot_changes_nothing_and_another_daemon_hears_of_its_end(
     cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"]
 ) -> None:
     vm = making["my_web"].result()
     before = cloud.ssh(vm, IDENTITY)
-    cloud.call("vm_restart", vm=vm["id"])
-    again = cloud.wait(vm)
+    call(cloud, "vm_stop", vm=vm["id"], timeout=LIMIT_SECONDS)
+    job = cloud.call("vm_start", vm=vm["id"], wait=False)
+    cloud.until(lambda: cloud.call("job_info", job=job["id"])["stage"] == "ready", "the start")
+    cloud.end(signal.SIGKILL)
+    cloud.start()
+    again = call(cloud, "vm_wait", vm=vm["id"], state="ready", timeout=LIMIT_SECONDS)
+    assert cloud.ssh(again, "cloud-init status") == "status: done"
     assert again["pid"] != vm["pid"]
     assert cloud.ssh(again, IDENTITY) == before
     assert cloud.ssh(again, "cat /root/boots") == "boot\nboot"
