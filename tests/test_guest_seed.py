@@ -1,6 +1,7 @@
 """The seed of a guest with cloud-init: what is in it, what is refused, and what comes back."""
 
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -182,6 +183,17 @@ def test_cloud_init_that_does_not_end_is_given_up(line: Ends) -> None:
     line[1].sendall(b"oscloud-cloud-init: running\n")
     with pytest.raises(OperationTimeoutError, match=r"did not end within 0\.01 s"):
         wait_cloud_init(line[0], seconds=0.01)
+
+
+def test_a_guest_that_says_too_much_is_not_kept(line: Ends) -> None:
+    host, guest = line
+    kept = cloud_init._Guest(host)
+    for _ in range(20):
+        guest.sendall(b"x" * 4096)
+        assert kept.wait(re.compile(b"never"), 0.01) is None
+    assert len(kept._said) == cloud_init._MOST_BYTES
+    guest.sendall(b"oscloud-cloud-init: ended: {}\n")
+    assert wait_cloud_init(host, seconds=60) == "{}"
 
 
 def test_a_channel_that_ends_is_no_success(line: Ends) -> None:

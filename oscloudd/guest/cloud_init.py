@@ -5,16 +5,19 @@ says nothing once its sshd has answered has no cloud-init at work: its image has
 data have disabled ours.
 """
 
+import re
+import select
 import socket
+import time
 
 import msgspec
-import pexpect
-from pexpect import fdpexpect
 
 from oscloudd.errors import HostError, OperationTimeoutError
 
-_SAYS = "oscloud-cloud-init: "
-_ENDED = "ended: ([^\r\n]*)[\r\n]"
+_SAYS = re.compile(rb"oscloud-cloud-init: ")
+_ENDED = re.compile(rb"oscloud-cloud-init: ended: ([^\r\n]*)[\r\n]")
+# Twice what boothook.sh makes of a line. What a guest says besides must not fill our memory.
+_MOST_BYTES = 8192
 # An emulated guest wakes late: it says every second that it is at work.
 _FIRST_WORD_SECONDS = 10.0
 
@@ -34,19 +37,14 @@ def wait_cloud_init(channel: socket.socket, *, seconds: float) -> str:
 
     Also "" for a guest that has none at work. Raises OperationTimeoutError or HostError.
     """
-    guest = fdpexpect.fdspawn(
-        channel, encoding="utf-8", codec_errors="replace", use_poll=True, searchwindowsize=4096
-    )
-    try:
-        guest.send("\n")  # one that has said it before says it again
-        if guest.expect([_SAYS, pexpect.TIMEOUT], timeout=_FIRST_WORD_SECONDS) == 1:
-            return ""
-        guest.expect(_ENDED, timeout=seconds)
-    except pexpect.TIMEOUT as error:
-        raise OperationTimeoutError(f"cloud-init did not end within {seconds:g} s") from error
-    except (pexpect.EOF, OSError) as error:
-        raise HostError("the guest's channel ended before its cloud-init did") from error
-    return parse_result(guest.match.group(1))
+    guest = _Guest(channel)
+    guest.ask()
+    if guest.wait(_SAYS, _FIRST_WORD_SECONDS) is None:
+        return ""
+    ended = guest.wait(_ENDED, seconds)
+    if ended is None:
+        raise OperationTimeoutError(f"cloud-init did not end within {seconds:g} s")
+    return parse_result(ended.group(1).decode("utf-8", "replace"))
 
 
 def parse_result(text: str) -> str:
@@ -55,3 +53,43 @@ def parse_result(text: str) -> str:
         return "; ".join(msgspec.json.decode(text, type=_Result).v1.errors)
     except msgspec.MsgspecError:
         return text
+
+
+class _Guest:
+    """The guest's end, and the last it has said."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._poll = select.poll()
+        self._poll.register(channel, select.POLLIN)
+        self._said = b""
+
+    def ask(self) -> None:
+        """Have a guest that has said how cloud-init has ended say it again."""
+        try:
+            self._channel.sendall(b"\n")
+        except OSError as error:
+            raise _lost() from error
+
+    def wait(self, pattern: re.Pattern[bytes], seconds: float) -> re.Match[bytes] | None:
+        """Read until the guest has said this; None when the time is over."""
+        deadline = time.monotonic() + seconds
+        while (found := pattern.search(self._said)) is None:
+            left_seconds = deadline - time.monotonic()
+            if left_seconds <= 0 or not self._poll.poll(left_seconds * 1000):
+                return None
+            self._said = (self._said + self._read())[-_MOST_BYTES:]
+        return found
+
+    def _read(self) -> bytes:
+        try:
+            data = self._channel.recv(_MOST_BYTES)
+        except OSError as error:
+            raise _lost() from error
+        if not data:
+            raise _lost()
+        return data
+
+
+def _lost() -> HostError:
+    return HostError("the guest's channel ended before its cloud-init did")
