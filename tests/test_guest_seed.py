@@ -147,6 +147,8 @@ def test_what_cloud_init_would_ignore_is_refused(text: str) -> None:
         ('{"v1": {"errors": ["(\'runcmd\', 1)", "second"]}}', "('runcmd', 1); second"),
         ('{"v1": {"errors": ["cut of', '{"v1": {"errors": ["cut of'),
         ("[]", "[]"),
+        ('{"v1": {"errors": ["\\u001b]0;mine\\u0007"]}}', "?]0;mine?"),
+        ("\x1b]0;mine\x07", "?]0;mine?"),
     ],
 )
 def test_the_result_of_cloud_init_is_read(result: str, words: str) -> None:

@@ -48,11 +48,15 @@ def wait_cloud_init(channel: socket.socket, *, seconds: float) -> str:
 
 
 def parse_result(text: str) -> str:
-    """Give what result.json says of errors, or all of it where that can't be read."""
+    """Give what result.json says of errors, or all of it where that can't be read.
+
+    It is shown on terminals, so what they would obey is replaced by "?".
+    """
     try:
-        return "; ".join(msgspec.json.decode(text, type=_Result).v1.errors)
+        words = "; ".join(msgspec.json.decode(text, type=_Result).v1.errors)
     except msgspec.MsgspecError:
-        return text
+        words = text
+    return "".join(character if character.isprintable() else "?" for character in words)
 
 
 class _Guest:
