@@ -31,6 +31,10 @@ _SUFFIXES = (".qcow2", ".qcow", ".img", ".raw", ".image", ".bin")
     "--format", "image_format", type=click.Choice(["qcow2", "raw"]),
     help="What it is.  [default: told by its bytes]",
 )  # fmt: skip
+@click.option(
+    "--firmware", type=click.Choice(["bios", "uefi"]),
+    help="What its boot loader is for.  [default: bios]",
+)  # fmt: skip
 @click.option("--os", metavar="WORDS", help="Its operating system, for lists.  [default: its name]")
 @no_wait_option
 @output_options
@@ -42,6 +46,7 @@ def template_import(
     name: str | None,
     sha256: str | None,
     image_format: str | None,
+    firmware: str | None,
     os: str | None,
     *,
     no_wait: bool,
@@ -65,7 +70,8 @@ def template_import(
             upload=upload, name=chosen, url=source if is_url else None,
             size=None if upload is None else upload.size_bytes,
             file_name=None if is_url else Path(source).name,
-            sha256=sha256, format=image_format, os=os, wait=False if no_wait else None,
+            sha256=sha256, format=image_format, firmware=firmware, os=os,
+            wait=False if no_wait else None,
         )  # fmt: skip
     if as_json or ids_only:
         print_objects([answer], as_json=as_json, ids_only=ids_only)

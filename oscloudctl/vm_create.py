@@ -56,7 +56,9 @@ wait_option = click.option(
 )  # fmt: skip
 @click.option("--no-ssh-key", is_flag=True, help="Put no key in.")
 @click.option("--password", metavar="WORD", help='Root\'s password; "-" asks for it.')
-@click.option("--user-data", metavar="FILE", help='A cloud-config for cloud-init; "-" is stdin.')
+@click.option(
+    "--user-data", metavar="FILE", help='For cloud-init, cloud-config or script; "-" is stdin.'
+)
 @click.option(
     "--publish", multiple=True, metavar="HOSTPORT:GUESTPORT",
     help="Forward a port of this host to it, such as 8080:80 or 0.0.0.0:5353:53/udp, where"

@@ -37,7 +37,7 @@ _CONFIG = """\
 state_dir = "{root}/state"
 runtime_dir = "{root}/run"
 log_dir = "{root}/log"
-template_dirs = ["{templates}"]
+template_dirs = ["{templates}", "{root}/declared"]
 accelerator = "tcg"
 [warm]
 mode = "{warm}"

@@ -92,8 +92,9 @@ def test_a_file_is_sent_when_the_daemon_asks(
 def test_an_address_is_left_to_the_daemon(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     daemon.answers["template_import"] = TEMPLATE
     url = "https://h/images/Mine%20OS-1.2.qcow2?download=1"
-    assert ctl("template-import", url, "-q").stdout == "mine\n"
-    assert daemon.calls == [("template_import", {"name": "Mine-OS-1.2", "url": url})]
+    assert ctl("template-import", url, "--firmware", "uefi", "-q").stdout == "mine\n"
+    wanted = {"name": "Mine-OS-1.2", "url": url, "firmware": "uefi"}
+    assert daemon.calls == [("template_import", wanted)]
 
 
 @pytest.mark.parametrize("wanted", [0, 100_000])

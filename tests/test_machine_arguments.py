@@ -35,6 +35,9 @@ VECTORS = {
         MachineSpec(**{**vars(SPEC), "accelerator": "kvm", "cpus": 4}),
         Descriptors(**ALWAYS, base=14, seed=15, tap=16),
     ),
+    "uefi": build_arguments(
+        SPEC, Descriptors(**ALWAYS, base=14, seed=15, firmware=18, variables=20, tap=16)
+    ),
     "disk_of_its_own": build_arguments(SPEC, Descriptors(**ALWAYS)),
     "to_be_saved": build_arguments(
         MachineSpec(**{**vars(SPEC), "cmdline": "root=/dev/vda", "memory_shared": True}),

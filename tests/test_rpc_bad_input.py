@@ -181,6 +181,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("password", "a\nb"),
     ("password", "a" * 257),
     ("user_data", "#cloud-config\n"),
+    ("user_data", "packages: [vim]\n"),
     ("ssh_key", ""),
     ("ssh_key", [""]),
     ("ssh_key", "ssh-ed25519"),

@@ -21,6 +21,8 @@ from daemon_process import IMAGE, LIMIT_SECONDS, Box, Line, RpcError
 from image_server import ImageServer, serve_images
 from spare_box import MEM_SIZE, SpareBox
 
+from oscloudd.host.firmware import UEFI_VARIABLES
+
 GOOD = qcow2()
 # The same disk with a tail that nothing refers to, so that a transfer can stop in the middle.
 LONG = GOOD + bytes(range(256)) * 4096
@@ -152,6 +154,29 @@ def test_a_file_becomes_a_template_as_it_is(
     box.end()
     box.start()
     assert box.call("template_info", template="mine-1.2")["digest"] == made["digest"]
+
+
+def test_an_image_for_uefi_gets_firmware_and_variables_of_its_own(box: Box) -> None:
+    send(box, "bios", RAW)
+    send(box, "mine", RAW, firmware="uefi")
+    plain = box.create("plain", image="bios", mem_size="128M")
+    vm = box.create("web", image="mine", mem_size="128M")
+    variables = box.root / f"state/disks/{vm['id']}/variables.fd"
+    assert variables.read_bytes() == UEFI_VARIABLES.read_bytes()
+    variables.write_bytes(changed := b"changed" + variables.read_bytes()[7:])
+    assert machine_of(vm).endswith(",pflash0=firmware,pflash1=variables")
+    assert "pflash" not in machine_of(plain)
+    box.call("vm_stop", vm="web", force=True)
+    again = box.call("vm_start", vm="web", wait=False) and box.wait("web", "RUNNING")
+    assert "pflash1" in machine_of(again)
+    assert variables.read_bytes() == changed
+    box.call("vm_delete", vm="web", force=True)
+    assert not variables.parent.exists()
+
+
+def machine_of(vm: dict[str, Any]) -> str:
+    argv = Path(f"/proc/{vm['pid']}/cmdline").read_text().split("\0")
+    return argv[argv.index("-machine") + 1]
 
 
 def test_a_vm_stands_on_it_and_it_stays_for_as_long(box: Box) -> None:

@@ -36,6 +36,7 @@ def build_import(params: TemplateImportParams) -> ImportRequest:
         expected=None if checksum is None else parse_checksum(checksum, parameter="sha256"),
         format=params.format,
         os=_words(params.os, "os") or params.name,
+        firmware=params.firmware,
     )
 
 

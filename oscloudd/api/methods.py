@@ -58,6 +58,7 @@ from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.guest.readiness import Sign
+from oscloudd.guest.seed import check_user_data
 from oscloudd.host.keys import check_public_key
 from oscloudd.units import check_name, parse_rate, parse_size
 
@@ -410,7 +411,7 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         ssh_keys=tuple(check_public_key(key) for key in keys),
         ip=params.ip,
         password=chosen,
-        user_data=params.user_data,
+        user_data=check_user_data(params.user_data),
         wait=params.wait,
         autostart=params.autostart,
         restart=params.restart,

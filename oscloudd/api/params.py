@@ -117,6 +117,7 @@ class TemplateImportParams(Params, frozen=True):
     sha256: str | None = None
     format: Literal["qcow2", "raw"] | None = None
     os: str = ""
+    firmware: Literal["bios", "uefi"] = "bios"
     wait: bool = True
 
 

@@ -1,4 +1,7 @@
-"""Seeing a guest through its boot: its serial port open, its identity told, its sshd waited for."""
+"""Seeing a guest through its boot: its serial port open, its identity told, and until it is ready.
+
+It is when its sshd greets and, where it has cloud-init, that has ended.
+"""
 
 import asyncio
 import logging
@@ -13,6 +16,7 @@ from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
+from oscloudd.guest.cloud_init import wait_cloud_init
 from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity
 from oscloudd.guest.readiness import wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
@@ -28,6 +32,9 @@ _QUESTION_SECONDS = 10.0
 
 # A clone answers in 0.3 s on an idle machine.
 _CLONE_SECONDS = 60.0
+
+# It installs what its user data ask for, and says every second that it is at work.
+_CLOUD_INIT_SECONDS = 3600.0
 
 # What others' starts may put off that nobody waits for; a guest that is not told waits 60 s.
 _REST_SECONDS = 30.0
@@ -81,7 +88,28 @@ class Boot:
         began = time.monotonic()
         await self._wait_ssh(vm, may_take_longer=keeping is None)
         held.timings["banner"] = time.monotonic() - began
+        if vm_paths(self._config, vm.id, vm.disk_id).seed.exists():
+            began = time.monotonic()
+            await self._wait_cloud_init(vm, held, is_new=is_new)
+            held.timings["cloud_init"] = time.monotonic() - began
         await self._states.record_ready(vm.id, held.timings)
+
+    async def _wait_cloud_init(self, vm: VmRecord, held: Held, *, is_new: bool) -> None:
+        """Wait for cloud-init's end; raises HostError with its words if a first boot has failed.
+
+        What a later boot says of errors is logged: that vm has been of use before.
+        """
+        held.on_stage("ready", "waiting for cloud-init to end")
+        with held.qemu.open_channel() as channel:
+            wait = partial(wait_cloud_init, channel, seconds=_CLOUD_INIT_SECONDS)
+            errors = await converse(wait, channel)
+        if errors and is_new:
+            raise HostError(
+                f"cloud-init failed: {errors}",
+                hint="the console says more; with wait=started the vm stays to be looked at",
+            )
+        if errors:
+            _log.warning("vm %d (%s): cloud-init: %s", vm.id, vm.name, errors)
 
     async def _tell_clone(self, vm: VmRecord, held: Held, document: str) -> None:
         if held.is_adopted:

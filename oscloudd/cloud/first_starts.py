@@ -4,7 +4,9 @@ Each falls back to the next where it fails. Which of them is tried is written in
 its job when it is made, in `vm_create`; the steps that call this are in `vm_steps`.
 """
 
+import asyncio
 import logging
+import shutil
 import time
 
 from oscloudd.cloud.events import Events
@@ -13,6 +15,7 @@ from oscloudd.cloud.layers import layer_disk
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.template_hooks import hooks_of
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord
@@ -23,7 +26,9 @@ from oscloudd.cloud.warm_making import Shape
 from oscloudd.cloud.warm_pool import WarmPool
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError
-from oscloudd.host.images import create_overlay
+from oscloudd.guest.hooks import Hooks
+from oscloudd.host.firmware import UEFI_VARIABLES
+from oscloudd.host.images import create_overlay, durable
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +64,10 @@ class FirstStarts:
             began = time.monotonic()
             await self._make_overlay(vm, await self._warm_image_of(job, vm))
             job.timings["overlay"] = time.monotonic() - began
+
+    def hooks_of(self, vm: VmRecord) -> Hooks:
+        """Give what the vm's template does in each of its guests. Blocking."""
+        return hooks_of(self._templates.get_ready(vm.template))
 
     async def take_spare(self, job: Job, vm: VmRecord) -> bool:
         """Make the spare that was claimed for a vm its qemu; False where it has none that works."""
@@ -139,6 +148,9 @@ class FirstStarts:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         for directory in (paths.disk_directory, paths.qemu_log.parent):
             directory.mkdir(parents=True, exist_ok=True)
+        if template.is_uefi:
+            await asyncio.to_thread(shutil.copyfile, UEFI_VARIABLES, paths.variables)
+            await asyncio.to_thread(durable, paths.variables)
         if vm.is_disk_kept:  # it was there before
             return
         if warm is not None:

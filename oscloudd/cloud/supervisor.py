@@ -33,6 +33,7 @@ from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.warm_files import WarmStart, frozen_disk
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
+from oscloudd.host.firmware import UEFI_CODE
 from oscloudd.host.network.bridge_ports import guard_port
 from oscloudd.host.network.taps import join_tap, open_tap
 from oscloudd.host.processes import find_processes_in
@@ -449,6 +450,8 @@ class Supervisor:
             seed=paths.seed if paths.seed.exists() else None,
             kernel=template.kernel,
             initrd=template.initrd,
+            firmware=UEFI_CODE if template.is_uefi else None,
+            variables=paths.variables if template.is_uefi else None,
         )
 
 

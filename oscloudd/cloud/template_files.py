@@ -7,7 +7,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,6 +16,10 @@ from oscloudd.units import check_name, parse_size
 
 DECLARATION = "template.toml"
 DIGEST = "digest"
+FILES = "files.tar.gz"
+
+
+Firmware = Literal["bios", "uefi"]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +38,11 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kernel: str = ""
     initrd: str = ""
     cmdline: str = ""
+    firmware: Firmware = "bios"
+
+    def __post_init__(self) -> None:
+        if self.kernel and self.firmware != "bios":
+            raise ValueError("a kernel given directly starts without firmware of another kind")
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,11 +52,27 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["qcow2", "raw"] = "qcow2"
 
 
+class PlacedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[guest.files."/path"]: whose a file in the guest is, and its mode, where not as usual."""
+
+    owner: Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_][a-z0-9_.-]*(:[a-z0-9_.-]+)?)?\Z")] = ""
+    mode: Annotated[str, msgspec.Meta(pattern=r"^([0-7]{3,4})?\Z")] = ""
+
+
 class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[guest]: how it is told who it is, and what its login prompt looks like."""
+    """[guest]: how it is told who it is, its login prompt, and what is done in it at first boot.
+
+    `commands` and `files` are for cloud-init: a template that is built does all that in `build`.
+    """
 
     identity: Literal["serial", "cloud-init"]
     login_prompt: str = "login:"
+    commands: list[str] = []
+    files: dict[str, PlacedFile] = {}
+
+    def __post_init__(self) -> None:
+        if self.identity == "serial" and (self.commands or self.files):
+            raise ValueError("commands and files are for an identity by cloud-init")
 
 
 class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,12 +116,17 @@ class ReadyTemplate:
         """The initial RAM disk that goes with it."""
         return self._optional(self.declaration.boot.initrd)
 
+    @property
+    def is_uefi(self) -> bool:
+        """Whether its image boots by UEFI."""
+        return self.declaration.boot.firmware == "uefi"
+
     def _optional(self, name: str) -> Path | None:
         return self.directory / name if name else None
 
 
 def format_declaration(
-    description: str, os: str, url: str, file_name: str, image_format: str
+    description: str, os: str, url: str, file_name: str, image_format: str, firmware: Firmware
 ) -> str:
     """Write the template.toml of an image that boots by itself and has cloud-init."""
     # A basic string of TOML takes what JSON escapes, for as long as it is printable.
@@ -111,6 +141,9 @@ os = {said["os"]}
 kind = "import"
 url = {said["url"]}
 format = "{image_format}"
+
+[boot]
+firmware = "{firmware}"
 
 [image]
 file = {said["file"]}

@@ -14,10 +14,13 @@ from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.template_files import (
     DECLARATION,
     DIGEST,
+    FILES,
     Declaration,
+    Firmware,
     format_declaration,
     read_declaration,
 )
+from oscloudd.cloud.template_hooks import pack_files
 from oscloudd.config import Config
 from oscloudd.errors import HostError
 from oscloudd.host.checksums import Checksum
@@ -49,6 +52,7 @@ class ImportRequest:
     expected: Checksum | None
     format: ImageFormat | None
     os: str
+    firmware: Firmware
 
 
 class TemplateMaker:
@@ -62,7 +66,7 @@ class TemplateMaker:
     async def build(self, declared: Path, making: Path, job: Job) -> None:
         """Run the template's own `build` program."""
         await _run_build(declared, making, job)
-        shutil.copyfile(declared / DECLARATION, making / DECLARATION)
+        _copy_declaration(declared, making)
 
     async def download(self, declared: Path, making: Path, job: Job) -> None:
         """Fetch the image from its vendor and check it against the vendor's checksum."""
@@ -73,7 +77,7 @@ class TemplateMaker:
         await self._fetch(source.url, expected, making, job)
         await self._check(making, source.format, source.file_name, job)
         (making / _IMAGE).rename(making / declaration.image.file)
-        shutil.copyfile(declared / DECLARATION, making / DECLARATION)
+        _copy_declaration(declared, making)
 
     async def take(
         self, request: ImportRequest, body: AsyncIterator[bytes] | None, making: Path, job: Job
@@ -87,8 +91,9 @@ class TemplateMaker:
         file_name = f"disk.{judged.format}"
         (making / _IMAGE).rename(making / file_name)
         text = format_declaration(
-            f"imported from {request.source}", request.os, request.url, file_name, judged.format
-        )
+            f"imported from {request.source}", request.os, request.url, file_name, judged.format,
+            request.firmware,
+        )  # fmt: skip
         (making / DECLARATION).write_text(text, encoding="utf-8")
 
     async def _fetch(self, url: str, expected: Checksum | None, making: Path, job: Job) -> None:
@@ -132,6 +137,14 @@ class TemplateMaker:
         return await check_image(making / _IMAGE, said, self._user, called=called)
 
 
+def _copy_declaration(declared: Path, making: Path) -> None:
+    """Copy the declaration, and what is declared for guests with cloud-init."""
+    shutil.copyfile(declared / DECLARATION, making / DECLARATION)
+    declaration = read_declaration(making)
+    if declaration.guest.identity == "cloud-init" and (packed := pack_files(declared, declaration)):
+        (making / FILES).write_bytes(packed)
+
+
 async def _run_build(declared: Path, making: Path, job: Job) -> None:
     program = declared / "build"
     if not os.access(program, os.X_OK):
@@ -153,7 +166,8 @@ def seal(making: Path) -> None:
     """Make the files read-only and durable, the digest last: it is what makes a template."""
     declaration: Declaration = read_declaration(making)
     boot = declaration.boot
-    for name in filter(None, (declaration.image.file, boot.kernel, boot.initrd)):
+    hooks = FILES if (making / FILES).exists() else ""
+    for name in filter(None, (declaration.image.file, boot.kernel, boot.initrd, hooks)):
         if not (making / name).is_file():
             raise HostError(f"the template was made without its file {name!r}")
         # Kernel and initrd are opened again by qemu's own user, hence readable by all.

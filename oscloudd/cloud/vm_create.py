@@ -46,6 +46,7 @@ from oscloudd.errors import (
     UnavailableError,
 )
 from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
+from oscloudd.host.firmware import check_uefi
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.keys import HostKey, HostKeys
 from oscloudd.host.network.links import numbers_in_use, permanent_addresses
@@ -219,6 +220,8 @@ class VmCreator:
 
     def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
         _check_suits(request, template.declaration)
+        if template.is_uefi:
+            check_uefi()
         if request.disk is not None:
             return
         least = virtual_size_bytes(template.image, template.declaration.image.format)

@@ -38,6 +38,11 @@ class VmPaths:
         return self.disk_directory / "seed.iso"
 
     @property
+    def variables(self) -> Path:
+        """The variables of its firmware, where the image boots by UEFI."""
+        return self.disk_directory / "variables.fd"
+
+    @property
     def suspended(self) -> Path:
         """The directory of the saved memory of a vm that is suspended."""
         return self.disk_directory / "suspended"
@@ -46,7 +51,8 @@ class VmPaths:
         """Remove all of them, the disk itself perhaps not; those that are gone are no error."""
         left = [self.disk_directory]
         if keeps_disk:
-            self.seed.unlink(missing_ok=True)
+            for path in self.seed, self.variables:
+                path.unlink(missing_ok=True)
             left = [self.suspended]
         for directory in (self.run_directory, *left):
             if directory.exists():

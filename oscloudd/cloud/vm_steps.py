@@ -87,7 +87,8 @@ class VmSteps:
         vm = await self._get(job)
         if "identity" in job.params:
             identity = msgspec.convert(job.params["identity"], GuestIdentity)
-            files = build_seed_files(identity, vm.uuid, job.params["user_data"])
+            hooks = await asyncio.to_thread(self._first_starts.hooks_of, vm)
+            files = build_seed_files(identity, vm.uuid, job.params["user_data"], hooks)
             seed = self._paths(vm).seed
             await asyncio.to_thread(write_seed, seed, files)
             await asyncio.to_thread(durable, seed)

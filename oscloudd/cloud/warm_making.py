@@ -47,7 +47,8 @@ class Shape:
     @property
     def can_be_warm(self) -> bool:
         """Whether its guest can wait for its identity."""
-        return self.template.declaration.guest.identity == "serial"
+        template = self.template
+        return template.declaration.guest.identity == "serial" and not template.is_uefi
 
     def spec(self, accelerator: str, binary: str) -> MachineSpec:
         """Give the machine that is booted and saved."""

@@ -1,8 +1,12 @@
 """The NoCloud seed: the identity of a guest whose image brings cloud-init.
 
-Format: cloud-init's documentation, "NoCloud" data source and "Networking config Version 2".
+What the host wants is vendor data, as is the convention: the user data are the user's alone, in any
+form that cloud-init knows, and prevail over it. Format: cloud-init's documentation, "NoCloud" data
+source, "Networking config Version 2" and "Vendor data".
 """
 
+import base64
+import shlex
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,25 +14,64 @@ from typing import Any
 import msgspec
 import pycdlib
 
+from oscloudd.errors import InvalidArgumentError
+from oscloudd.guest.hooks import Hooks
 from oscloudd.guest.identity import GREETING, GuestIdentity
 
+# What user data may begin with, from cloud-init's documentation, "User data formats".
+_USER_DATA_BEGINNINGS = (
+    "#!",
+    "#cloud-config",
+    "#cloud-config-archive",
+    "#cloud-boothook",
+    "#include",
+    "#include-once",
+    "#part-handler",
+    "## template: jinja",
+    "Content-Type: multipart/",
+    "MIME-Version:",
+)
+_NO_USER_DATA = "#cloud-config\n{}\n"
 
-def build_seed_files(identity: GuestIdentity, instance_id: str, user_data: str) -> dict[str, bytes]:
-    """Give the seed's files by name. JSON is YAML, so the values need no quoting of ours.
 
-    A `user_data` of the user's own is joined to ours as a part of a cloud-config archive.
+def check_user_data(text: str) -> str:
+    """Give user data back if cloud-init will know what they are; raises InvalidArgumentError.
+
+    Else it ignores them, and says so where hardly anybody looks.
     """
-    meta = {"instance-id": instance_id, "local-hostname": identity.hostname}
-    ours = "#cloud-config\n" + _json(_cloud_config(identity))
-    files = {
+    first, _, _ = text.lstrip().partition("\n")
+    if text and not first.lower().startswith(tuple(map(str.lower, _USER_DATA_BEGINNINGS))):
+        raise InvalidArgumentError(
+            f"user_data begin with {first!r:.60}, which tells cloud-init nothing",
+            hint="let the first line be #cloud-config, or #!/bin/sh for a script; MIME parts begin "
+            "with Content-Type: multipart/mixed",
+            parameter="user_data",
+        )
+    return text
+
+
+def build_seed_files(
+    identity: GuestIdentity, instance_id: str, user_data: str, hooks: Hooks
+) -> dict[str, bytes]:
+    """Give the seed's files by name. JSON is YAML, so the values need no quoting of ours."""
+    meta = {
+        "instance-id": instance_id,
+        "local-hostname": identity.hostname,
+        # For the image's own user and, as root is not disabled, for root; beside the user's keys.
+        "public-keys": [*identity.authorized_keys],
+    }
+    vendor = [
+        {"type": "text/cloud-config", "content": _json(_cloud_config(identity))},
+        {"type": "text/cloud-boothook", "content": _boothook(identity, hooks)},
+    ]
+    if script := hooks.script():
+        vendor.append({"type": "text/x-shellscript", "content": script})
+    return {
         "meta-data": _json(meta).encode(),
         "network-config": _json(_network_config(identity)).encode(),
-        "user-data": ours.encode(),
+        "vendor-data": ("#cloud-config-archive\n" + _json(vendor)).encode(),
+        "user-data": (user_data or _NO_USER_DATA).encode(),
     }
-    if user_data:
-        archive = [_archive_part(ours), _archive_part(user_data)]
-        files["user-data"] = ("#cloud-config-archive\n" + _json(archive)).encode()
-    return files
 
 
 def write_seed(path: Path, files: dict[str, bytes]) -> None:
@@ -47,49 +90,34 @@ def write_seed(path: Path, files: dict[str, bytes]) -> None:
     image.close()
 
 
-def _archive_part(text: str) -> dict[str, str]:
-    kind = "text/x-shellscript" if text.startswith("#!") else "text/cloud-config"
-    return {"type": kind, "content": text}
-
-
 def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "hostname": identity.hostname,
+    access = {} if identity.keeps_access else {"ssh_pwauth": bool(identity.root_password_hash)}
+    return {
         "manage_etc_hosts": True,
         "disable_root": False,
-        # "default" keeps the image's own user beside root.
-        "users": ["default", {"name": "root", "ssh_authorized_keys": [*identity.authorized_keys]}],
-        "ssh_authorized_keys": [*identity.authorized_keys],
-        "ssh_deletekeys": True,
+        **access,
+        # Both are known here, and would push what went wrong off the end of the console.
+        "no_ssh_fingerprints": True,
+        "ssh": {"emit_keys_to_console": False},
         "ssh_keys": {
             "ed25519_private": identity.host_key.private,
-            "ed25519_public": identity.host_key.public,
+            "ed25519_public": f"{identity.host_key.public}\n",
         },
-        "growpart": {"mode": "auto", "devices": ["/"]},
-        "resize_rootfs": True,
-        "write_files": [
-            {
-                "path": "/etc/update-motd.d/99-os-cloud-welcome",
-                "permissions": "0755",
-                "content": f"#!/bin/sh\necho '{GREETING}'\n",
-            },
-            {
-                "path": "/etc/ssh/sshd_config.d/10-oscloud.conf",
-                "permissions": "0600",
-                "content": "PermitRootLogin yes\n",
-            },
-        ],
     }
-    if identity.keeps_access:
-        # A new instance-id renews all but this.
-        machine_id = {"path": "/etc/machine-id", "content": f"{identity.machine_id}\n"}
-        config["write_files"].append(machine_id)
-        return config
-    config["ssh_pwauth"] = bool(identity.root_password_hash)
-    if identity.root_password_hash:
-        users = [{"name": "root", "password": identity.root_password_hash, "type": "hash"}]
-        config["chpasswd"] = {"expire": False, "users": users}
-    return config
+
+
+def _boothook(identity: GuestIdentity, hooks: Hooks) -> str:
+    # root's password is not in our cloud-config: that has a place for a list only, and where it is
+    # in use cloud-init ignores a "password" of the user's.
+    variables = {
+        "root_password_hash": identity.root_password_hash,
+        # A disk that has been another's has its machine-id, which no new instance-id renews.
+        "machine_id": identity.machine_id if identity.keeps_access else "",
+        "greeting": GREETING,
+        "files": base64.b64encode(hooks.files).decode(),
+    }
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
+    return "".join(["#!/bin/sh\n", *lines, Path(__file__).with_name("boothook.sh").read_text()])
 
 
 def _network_config(identity: GuestIdentity) -> dict[str, Any]:
@@ -102,6 +130,8 @@ def _network_config(identity: GuestIdentity) -> dict[str, Any]:
                 "addresses": [f"{identity.address}/{identity.prefix_length}"],
                 "routes": [{"to": "default", "via": identity.gateway}],
                 "nameservers": {"addresses": [*identity.dns]},
+                # Nobody advertises routes here, and networkd would have the boot wait 12 s for it.
+                "accept-ra": False,
             }
         },
     }

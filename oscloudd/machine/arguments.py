@@ -27,6 +27,8 @@ _PORTS_DEVICE = 0x10
 
 # Numbers of qemu's descriptor sets; "/dev/fdset/N" is what a block or character device opens.
 _DISK_SET, _BASE_SET, _SEED_SET, _CONSOLE_LOG_SET, _FROZEN_SET = 1, 2, 3, 4, 5
+_FIRMWARE_SET, _VARIABLES_SET = 6, 7
+
 # The first layer's; there is one for each. Plugged in are 100 and more; 1,000 and more are what the
 # disk is given while the machine runs.
 _LAYER_SETS = 200
@@ -39,11 +41,12 @@ DISK_NODE, DISK_DEVICE = "disk", "disk0"
 class Descriptors:
     """Open files a qemu inherits, by their numbers in it; whoever opened them closes them.
 
-    `disk` is read-write, `base`, `frozen`, `layers` and `seed` read-only, `console_log` write-only
-    with O_APPEND: qemu takes from a set only what has the very access mode it wants. `frozen` is a
-    qcow2 between `base` and `disk`; `layers` are more of them above it, the lowest first. `kernel`,
-    `initrd` and `memory` are opened again through /proc/self/fd, so qemu's user must be allowed to
-    read those files, and to write `memory`.
+    `disk` and `variables` are read-write, `base`, `frozen`, `layers`, `seed` and `firmware`
+    read-only, `console_log` write-only with O_APPEND: qemu takes from a set only what has the very
+    access mode it wants. `frozen` is a qcow2 between `base` and `disk`; `layers` are more of them
+    above it, the lowest first. `firmware` is UEFI's, `variables` the machine's own for it; without
+    them it is qemu's BIOS. `kernel`, `initrd` and `memory` are opened again through /proc/self/fd,
+    so qemu's user must be allowed to read those files, and to write `memory`.
     """
 
     monitor: int
@@ -58,6 +61,8 @@ class Descriptors:
     kernel: int | None = None
     initrd: int | None = None
     memory: int | None = None
+    firmware: int | None = None
+    variables: int | None = None
     tap: int | None = None
 
     def numbers(self) -> tuple[int, ...]:
@@ -97,6 +102,7 @@ def build_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
         *_process_arguments(spec),
         *_processor_arguments(spec, descriptors),
         *_channel_arguments(descriptors),
+        *_firmware_arguments(descriptors),
         *_boot_arguments(spec, descriptors),
         *_disk_arguments(spec, descriptors),
         *_network_arguments(spec, descriptors),
@@ -157,6 +163,8 @@ def _processor_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[st
 
 def _memory_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
     machine = f"{spec.machine_type},usb=off,vmport=off"
+    if descriptors.firmware is not None:
+        machine += ",pflash0=firmware,pflash1=variables"
     if descriptors.memory is None and not spec.memory_object:
         return ["-machine", machine]
     # A saved state names its memory by this id, whatever the memory is made of.
@@ -208,6 +216,17 @@ def _port_arguments() -> list[str]:
         port["multifunction"] = slot == 1
         arguments += ["-device", _json(port)]
     return arguments
+
+
+def _firmware_arguments(descriptors: Descriptors) -> list[str]:
+    if descriptors.firmware is None or descriptors.variables is None:
+        return []
+    return [
+        *_add_descriptor(descriptors.firmware, _FIRMWARE_SET),
+        *_file_node("firmware", _FIRMWARE_SET, "raw", read_only=True),
+        *_add_descriptor(descriptors.variables, _VARIABLES_SET),
+        *_file_node("variables", _VARIABLES_SET, "raw", read_only=False),
+    ]
 
 
 def _boot_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:

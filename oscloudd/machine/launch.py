@@ -28,6 +28,7 @@ class MachineFiles:
     The disk reads what it lacks from `layers`, the lowest of which comes first, they from `frozen`,
     and that from `base`. `memory` holds the guest's
     memory and must have its size; /proc/self/fd/N names one that is open (`sealed_memory`).
+    `firmware` and `variables` are for UEFI, both or none.
     """
 
     run_directory: Path
@@ -41,6 +42,8 @@ class MachineFiles:
     kernel: Path | None = None
     initrd: Path | None = None
     memory: Path | None = None
+    firmware: Path | None = None
+    variables: Path | None = None
 
 
 async def launch(
@@ -119,6 +122,8 @@ def _open_descriptors(
                 kernel=opened(files.kernel, os.O_RDONLY),
                 initrd=opened(files.initrd, os.O_RDONLY),
                 memory=_open_memory(stack, files.memory, memory_bytes),
+                firmware=opened(files.firmware, os.O_RDONLY),
+                variables=opened(files.variables, os.O_RDWR),
                 tap=tap_fd,
             ),
             log_fd,
