@@ -52,6 +52,14 @@ def test_overlay_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_an_overlay_is_made_beside_one_that_a_dead_daemon_had_begun(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "-f", "qcow2")
+    begun = tmp_path / ".disk.qcow2.1.part"
+    begun.write_bytes(b"half")
+    asyncio.run(create_overlay(tmp_path / "disk.qcow2", base, "qcow2", 8 << 20))
+    assert {path.name for path in tmp_path.iterdir()} == {base.name, "disk.qcow2"}
+
+
 def test_a_copy_of_a_blank_overlay_is_one_of_its_own(tmp_path: Path) -> None:
     base = make(tmp_path / "base.qcow2", "-f", "qcow2")
     blank, overlay = tmp_path / "blank.qcow2", tmp_path / "disk.qcow2"

@@ -29,7 +29,7 @@ async def create_overlay(path: Path, base_path: Path, base_format: str, size_byt
     there is no base or qemu-img fails, and leaves no half-made file.
     """
     _check_base(base_path)
-    await _create(path, build_overlay_argv(path, base_path, base_format, size_bytes))
+    await _create(path, lambda part: build_overlay_argv(part, base_path, base_format, size_bytes))
 
 
 async def create_empty(path: Path, size_bytes: int) -> None:
@@ -37,15 +37,19 @@ async def create_empty(path: Path, size_bytes: int) -> None:
 
     Raises HostError when qemu-img fails, and leaves no half-made file.
     """
-    await _create(path, [*_CREATE_ARGV, _name(path), str(size_bytes)])
+    await _create(path, lambda part: [*_CREATE_ARGV, _name(part), str(size_bytes)])
 
 
-async def _create(path: Path, argv: list[str]) -> None:
+async def _create(path: Path, build_argv: Callable[[Path], list[str]]) -> None:
+    # A qemu-img that a dead daemon has left behind may be at it still: to each a name of its own.
+    for stale in path.parent.glob(f".{path.name}.*.part"):
+        _discard(stale)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        await run(argv)
-        await asyncio.to_thread(durable, path)
+        await run(build_argv(part))
+        await asyncio.to_thread(publish, part, path)
     except BaseException:
-        _discard(path)
+        _discard(part)
         raise
 
 
