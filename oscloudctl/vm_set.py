@@ -66,7 +66,7 @@ def vm_set(
     ids_only: bool,
     **settings: Any,
 ) -> int:
-    """Change what vms are: size, name, policies."""
+    """Change what vms are: size, name, policies, bandwidth."""
     if not vms:
         raise click.UsageError("which vm? Name one or more")
     settings["protect"] = None if protect is None else protect == "yes"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,15 +149,29 @@ def test_each_network_has_its_own_until_it_is_deleted(box: Box) -> None:
     assert b"--no-resolv" in Path(f"/proc/{pid}/cmdline").read_bytes()
     assert b"--no-resolv" not in Path(f"/proc/{server(box)}/cmdline").read_bytes()
     box.call("vm_delete", vm="inside", force=True)
-    pidfd = os.pidfd_open(pid)
-    box.call("network_delete", network="lab")
-    wait_for_end(pidfd)
-    os.close(pidfd)
+    with ended(pid):
+        box.call("network_delete", network="lab")
     assert not directory.exists()
-    # One that no daemon has ended.
+
+
+def test_one_whose_network_a_dead_daemon_was_deleting_is_ended(box: Box) -> None:
+    lab = box.call("network_create", name="lab", subnet="10.20.0.0/24")
+    box.create("inside", network="lab")
+    box.call("vm_delete", vm="inside", force=True)
+    directory = box.root / "run/names" / lab["bridge"]
     box.end(signal.SIGKILL)
-    (box.root / "run/names/oscbr0").rename(box.root / "run/names/oscbr9")
-    box.start()
-    box.until(
-        lambda: not (box.root / "run/names/oscbr9").exists(), "what no network has being gone"
-    )
+    box.rows("DELETE FROM network WHERE name = 'lab'")
+    with ended(int((directory / "pid").read_text())):
+        box.start()
+    assert not directory.exists()
+
+
+@contextmanager
+def ended(pid: int) -> Iterator[None]:
+    """See that a process ends by what is done inside."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield
+        wait_for_end(pidfd)
+    finally:
+        os.close(pidfd)

@@ -26,14 +26,11 @@ class Rates:
         """Let go of the limits; they stay as they are."""
         self._changes.close()
 
-    async def sync(self, *, going_tap: int | None = None) -> None:
-        """Make the limits of the taps there are like the rows; may be called at any time.
-
-        One that is going has none any more: the kernel would keep it for the next of its name.
-        """
+    async def sync(self) -> None:
+        """Make the limits of the taps there are like the rows; may be called at any time."""
         async with self._applying:
             rates = await self._database.run_when_available(_read_rates)
-            there = numbers_in_use("osctap") - {going_tap}
+            there = numbers_in_use("osctap")
             self._applied = {f"osctap{tap}": rate for tap, rate in rates if tap in there}
             with self._changes.own_change():
                 await apply_rates(self._applied)

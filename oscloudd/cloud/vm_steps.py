@@ -393,8 +393,8 @@ class VmSteps:
         await self._supervisor.expel(vm)
         await self._ports.forget(vm)
         self._names.forget(vm)
-        if vm.bandwidth:
-            await self._rates.sync(going_tap=vm.tap_index)
+        if vm.bandwidth:  # the kernel would keep the limit for the next tap of that name
+            await self._rates.sync()
 
     async def _release(self, job: Job) -> None:
         """See the end of the vm's qemu, one that nobody has written down included."""
