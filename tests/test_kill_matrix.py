@@ -572,7 +572,9 @@ def test_power_cut_at_every(bench: Bench, kind: str, at: str, when: str) -> None
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("at", ["transaction", "renaming", "durable"])
-@pytest.mark.parametrize("kind", ["snapshot_create", "snapshot_create with memory"])
+@pytest.mark.parametrize(
+    "kind", ["snapshot_create", "snapshot_create with memory", "snapshot_delete"]
+)
 def test_a_power_cut_loses_nothing_of_a_frozen_disk(
     bench: Bench, kind: str, at: str, when: str
 ) -> None:

@@ -88,7 +88,7 @@ _HOLDING = Step(SnapshotSteps.holding, "stopping the guest", only_if="memory")
 _REMEMBERING = Step(
     SnapshotSteps.remembering, "saving its memory", cancellable=True, only_if="memory"
 )
-_GOING_ON = Step(SnapshotSteps.going_on, "letting the guest go on", only_if="memory")
+_GOING_ON = Step(SnapshotSteps.going_on, "letting the guest go on")
 _OVERLAY = Step(SnapshotSteps.overlay, "making an overlay")
 _PARTING = Step(SnapshotSteps.parting, "clearing up")
 _SWAPPING = Step(SnapshotSteps.swapping, "putting the disk in its place")

@@ -71,11 +71,13 @@ class SnapshotSteps(VmSteps):
         """Write down what the disk stands on now."""
         vm = await self._get(job)
         await self._record_frozen(vm, job.params["layer"])
-        await self._see_again(job, vm)
 
     async def going_on(self, job: Job) -> None:
-        """Let the guest go on whose memory was saved."""
-        await self._let_go_on(job, await self._get(job))
+        """Let the guest go on whose memory was saved, if it is still there."""
+        vm = await self._get(job)
+        if job.params["memory"]:
+            await self._let_go_on(job, vm)
+        await self._see_again(job, vm)
 
     async def undo_freeze(self, job: Job, error: BaseException) -> None:
         """Have the disk as it was, or, where its guest may write to the overlay, a nameless layer.
@@ -131,8 +133,15 @@ class SnapshotSteps(VmSteps):
 
     async def _see_again(self, job: Job, vm: VmRecord) -> None:
         """Write down what has become of a qemu that ended while no daemon was there to see it."""
-        if job.is_resumed and vm.state in LIVE_STATES and self._supervisor.find(vm.id) is None:
+        if not job.is_resumed or vm.state not in LIVE_STATES or self._supervisor.find(vm.id):
+            return
+        if vm.is_process_alive():
             await self._supervisor.refresh(vm)
+            return
+        await self.end_stray(vm)
+        reason = "qemu ended while the daemon was away"
+        await self._states.see(vm.id, VmState.CRASHED, reason)
+        self._supervisor.on_ended(vm.id)
 
     # Restoring
 
@@ -182,6 +191,7 @@ class SnapshotSteps(VmSteps):
         memory = SuspendedFiles(layer_memory(self._config, job.params["layer"]))
         await asyncio.to_thread(memory.drop)
         await asyncio.to_thread(remove_layers, self._config, job.params["layers"])
+        await self._see_again(job, await self._get(job))
 
     async def _make_next(self, vm: VmRecord, layer_id: int, size_bytes: int) -> None:
         layer = layer_disk(self._config, layer_id)
