@@ -145,7 +145,7 @@ def test_a_second_boot_changes_nothing_and_another_daemon_hears_of_its_end(
     before = cloud.ssh(vm, IDENTITY)
     call(cloud, "vm_stop", vm=vm["id"], timeout=LIMIT_SECONDS)
     job = cloud.call("vm_start", vm=vm["id"], wait=False)
-    cloud.until(lambda: cloud.call("job_info", job=job["id"])["stage"] == "ready", "the start")
+    cloud.until(lambda: cloud.call("job_info", job=job["id"])["stage"] == "booting", "the start")
     cloud.end(signal.SIGKILL)
     cloud.start()
     again = call(cloud, "vm_wait", vm=vm["id"], state="ready", timeout=LIMIT_SECONDS)
