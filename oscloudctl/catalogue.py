@@ -37,7 +37,7 @@ COMMANDS: dict[str, Entry] = {
     "vm-clone": Entry(_VM, "vm_clone", "Make a vm with another one's disk, and start it."),
     "vm-rename": Entry(_VM, "vm", "Give a vm another name."),
     "vm-set": Entry(_VM, "vm_set", "Change what vms are: size, name, policies."),
-    "vm-export": Entry(_VM, "export", "Write a vm into one file, for another machine perhaps."),
+    "vm-export": Entry(_VM, "export", "Write a vm into one file, for vm-import."),
     "vm-import": Entry(_VM, "vm_import", "Make a stopped vm of a file that vm-export wrote."),
     "vm-publish": Entry(_VM, "vm_publish", "Make a template of a stopped vm."),
     "vm-wait": Entry(_VM, "vm", "Wait until vms are ready or in a given state."),

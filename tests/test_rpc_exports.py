@@ -252,3 +252,21 @@ def test_a_daemon_killed_in_it_leaves_nothing(box: Box) -> None:
     assert left(box) == []
     assert (last_job(box)["kind"], last_job(box)["state"]) == ("disk_export", "FAILED")
     assert box.call("vm_info", vm="web")["state"] == "STOPPED"
+
+
+def test_disks_of_their_own_are_exported_one_by_one(box: Box) -> None:
+    disk = box.call("disk_create", name="data", size="8M")
+    content, answer = export(box, "disk_export", disk="data", format="raw")
+    assert (content, answer["disk"]) == (bytes(8 << 20), disk["id"])
+    stopped(box)
+    box.call("disk_attach", vm="web", disk="data")
+    with pytest.raises(RpcError) as refused:
+        export(box, "vm_export", vm="web")
+    assert (refused.value.kind, refused.value.data["disks"]) == ("in_use", ["data"])
+    export(box, "disk_export", disk="data")
+    box.call("vm_start", vm="web")
+    with pytest.raises(RpcError) as running:
+        export(box, "disk_export", disk="data")
+    assert "vm-stop web" in running.value.data["hint"]
+    box.call("vm_delete", vm="web", force=True)
+    box.call("disk_delete", disk="data")
