@@ -13,7 +13,7 @@ from dying_daemon import Death
 from test_kill_matrix import ask_to_die, count_deaths, wait_for_death
 from test_rpc_exports import export, stopped, write
 from test_rpc_templates import last_job, small_disk
-from test_rpc_vm_copies import build, members_of, take
+from test_rpc_vm_copies import build, take, without_kernel
 
 DATA = b"written by the guest".ljust(1 << 16, b".")
 KERNEL = b"kernel" * 99
@@ -26,7 +26,7 @@ def prepare(box: Box) -> dict[str, Any]:
     write(box, vm, 5 << 20, DATA)
     content, _answer = export(box, "vm_export", vm="web")
     box.call("vm_delete", vm="web")
-    manifest, *others = members_of(content)
+    manifest, *others = without_kernel(content)
     return take(box, build([manifest, ("kernel", KERNEL), *others]))
 
 
@@ -78,8 +78,10 @@ def test_what_can_not_be_published_is_refused(box: Box) -> None:
     with pytest.raises(RpcError) as running:
         box.call("vm_publish", vm="web", template="other")
     assert (running.value.kind, running.value.data["state"]) == ("invalid_state", "RUNNING")
-    box.call("vm_delete", vm=vm["id"], force=True)
-    stopped(box)  # of a template without a kernel
+    box.call("vm_stop", vm="web", force=True)
+    content, _answer = export(box, "vm_export", vm="web")
+    box.call("vm_delete", vm=vm["id"])
+    take(box, build(without_kernel(content)))
     with pytest.raises(RpcError) as mute:
         box.call("vm_publish", vm="web", template="other")
     assert "would not ask who they are" in mute.value.message

@@ -103,7 +103,7 @@ class Exports:
         vm, _document = await self._database.run(lambda: _read_vm(key))
         if self._templates.get_ready(vm.template).is_uefi:
             raise InvalidArgumentError(
-                f"vm {vm.name!r} can't be exported: it boots by UEFI, and keeps how outside its disk",
+                f"vm {vm.name!r} can't be exported: it boots by UEFI, and not from its disk alone",
                 hint="disk-export writes its disk, for template-import --firmware uefi",
                 parameter="vm",
             )

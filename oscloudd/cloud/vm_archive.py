@@ -124,7 +124,7 @@ def parse_manifest(text: bytes) -> Manifest:
     if names != [name for name in _MEMBERS if name in names] or DISK not in names:
         raise InvalidArgumentError(f"its manifest names other files than a vm has: {names!r:.200}")
     for member in manifest.members:
-        if not 0 < member.size <= _MOST_BYTES[member.name]:
+        if not 0 <= member.size <= _MOST_BYTES[member.name]:
             raise InvalidArgumentError(f"{member.name} in it has an impossible size")
     return manifest
 
