@@ -33,11 +33,15 @@ ANSWER_TIMEOUT_SECONDS = 60.0
 # unix(7): sun_path holds 108 bytes with its closing zero.
 MAX_SOCKET_PATH_BYTES = 107
 
+# Four times what the daemon sends at once.
+MAX_PIECE_BYTES = 1 << 20
+
 # A thousand vms are half a megabyte; more than this is not our daemon.
 MAX_LINE_BYTES = 64 << 20
 
 Progress = dict[str, Any]
 OnProgress = Callable[[Progress], None]
+OnPiece = Callable[[bytes], None]
 
 
 def find_socket_path(given: str | None = None) -> str:
@@ -104,16 +108,19 @@ class Client:
         on_progress: OnProgress | None = None,
         timeout_seconds: float | None = None,
         upload: Upload | None = None,
+        on_piece: OnPiece | None = None,
     ) -> Any:
         """Call `method` and give its result; progress notifications go to `on_progress`.
 
-        `upload` is sent when the daemon asks for it, and has to be closed by the caller.
+        `upload` is sent when the daemon asks for it, and has to be closed by the caller; `on_piece`
+        takes the bytes the daemon sends.
         `timeout_seconds` bounds the silence between two lines, not the whole call: work that
         reports progress is alive. Raises the CloudError the daemon named, DaemonUnreachableError
         or OperationTimeoutError.
         """
         limit = ANSWER_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
-        with contextlib.closing(self._exchange(method, params or {}, limit)) as messages:
+        exchange = self._exchange(method, params or {}, limit, on_piece)
+        with contextlib.closing(exchange) as messages:
             for message in messages:
                 if upload is not None and message.get("method") == "send":
                     upload.begin(self._connected())
@@ -154,7 +161,11 @@ class Client:
         return self._stream
 
     def _exchange(
-        self, method: str, params: dict[str, Any], limit: float | None
+        self,
+        method: str,
+        params: dict[str, Any],
+        limit: float | None,
+        on_piece: OnPiece | None = None,
     ) -> Generator[dict[str, Any], None, None]:
         """Send a request and give every notification that comes, and at last the answer."""
         self._last_id += 1
@@ -167,6 +178,8 @@ class Client:
             while not answered:
                 message = _decode(self._read_line(stream), self.socket_path)
                 answered = self._is_answer(message)
+                if on_piece is not None and message.get("method") == "piece":
+                    on_piece(self._read_piece(stream, _parameters(message)))
                 if answered or "id" not in message:
                     yield message
         except TimeoutError as error:
@@ -196,6 +209,19 @@ class Client:
         line = bytes(self._unread[:end])
         del self._unread[: end + 1]
         return line
+
+    def _read_piece(self, stream: socket.socket, announced: dict[str, Any]) -> bytes:
+        size = announced.get("size")
+        if not isinstance(size, int) or not 0 < size <= MAX_PIECE_BYTES:
+            raise _not_the_daemon(self.socket_path)
+        while len(self._unread) < size:
+            received = stream.recv(1 << 18)
+            if not received:
+                raise ConnectionResetError
+            self._unread += received
+        piece = bytes(self._unread[:size])
+        del self._unread[:size]
+        return piece
 
 
 def _send(stream: socket.socket, request: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from oscloudctl.client import Client
+from oscloudctl.client import Client, OnPiece
 from oscloudctl.output import make_printable
 from oscloudctl.progress import ProgressLine
 from oscloudctl.session import Session
@@ -31,11 +31,13 @@ def call_job(
     silence_seconds: float | None = None,
     cancels: bool = True,
     upload: Upload | None = None,
+    on_piece: OnPiece | None = None,
     **params: Any,
 ) -> Any:
     """Call `method`, showing progress, and give its answer; `subject` heads the progress line.
 
-    `upload` is sent when the daemon asks for it. With `cancels` the first Ctrl-C cancels the job.
+    `upload` is sent when the daemon asks for it, `on_piece` takes what it sends. With `cancels` the
+    first Ctrl-C cancels the job.
     Raises what `Session.call` raises, and Exit when the user has left a job that goes on. After a
     Ctrl-C `session.interrupted` is true.
     """
@@ -55,6 +57,7 @@ def call_job(
                     on_progress=on_progress,
                     timeout_seconds=silence_seconds,
                     upload=upload,
+                    on_piece=on_piece,
                     **params,
                 )
         except _LeftError as left:

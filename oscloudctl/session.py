@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from oscloudctl.client import Client, OnProgress, find_socket_path
+from oscloudctl.client import Client, OnPiece, OnProgress, find_socket_path
 from oscloudctl.upload import Upload
 from oscloudd.errors import CloudError
 
@@ -39,6 +39,7 @@ class Session:
         on_progress: OnProgress | None = None,
         timeout_seconds: float | None = None,
         upload: Upload | None = None,
+        on_piece: OnPiece | None = None,
         **params: Any,
     ) -> Any:
         """Call the daemon; parameters that are None are left to its defaults."""
@@ -49,6 +50,7 @@ class Session:
             on_progress=on_progress,
             timeout_seconds=timeout_seconds,
             upload=upload,
+            on_piece=on_piece,
         )
 
 

@@ -109,6 +109,11 @@ class Line:
         assert message["jsonrpc"] == "2.0"
         return message
 
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        assert len(data) == size, "the daemon hung up"
+        return data
+
     def at_end(self) -> bool:
         return self._file.read(1) == b""
 

@@ -1,4 +1,4 @@
-"""Images: overlays that hold, conversions that are whole or not there."""
+"""Images: overlays that hold."""
 
 import asyncio
 import json
@@ -13,7 +13,6 @@ from oscloudd.errors import HostError
 from oscloudd.host.image_header import is_blank
 from oscloudd.host.images import (
     build_overlay_argv,
-    convert,
     copy_overlay,
     create_overlay,
     virtual_size_bytes,
@@ -107,22 +106,3 @@ def test_the_size_of_no_image_is_an_error(tmp_path: Path) -> None:
 def test_names_given_to_qemu_img_are_never_protocols() -> None:
     argv = build_overlay_argv(Path("nbd:x"), Path("json:{}"), "raw", 1)
     assert all(name.startswith("/") for name in argv[-3:-1])
-
-
-def test_convert_appears_whole_and_reports(tmp_path: Path) -> None:
-    source = tmp_path / "disk.raw"
-    source.write_bytes(b"content" * 10_000)
-    fractions: list[float] = []
-    destination = tmp_path / "disk.qcow2"
-    asyncio.run(convert(source, "raw", destination, on_fraction=fractions.append))
-    assert fractions[-1] == 1.0
-    assert describe(destination)["virtual-size"] == 70144
-    assert sorted(os.listdir(tmp_path)) == ["disk.qcow2", "disk.raw"]
-
-
-def test_convert_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    source = tmp_path / "disk.raw"
-    source.write_bytes(b"no qcow2")
-    with pytest.raises(HostError, match="qemu-img convert"):
-        asyncio.run(convert(source, "qcow2", tmp_path / "disk.qcow2"))
-    assert os.listdir(tmp_path) == ["disk.raw"]

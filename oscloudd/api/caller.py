@@ -35,6 +35,19 @@ class Caller:
         notification = {"jsonrpc": "2.0", "method": "progress", "params": progress}
         self.connection.notify(_encoder.encode(notification))
 
+    async def send(self, piece: bytes) -> None:
+        """Send one piece of what was asked for, and wait until nearly all of it is taken.
+
+        A line with its size announces each piece, so that progress, an error or the answer can come
+        between any two. Raises UnavailableError when the client is gone, or takes nothing for as
+        long as a connection may.
+        """
+        self.connection.write_piece(piece)
+        try:
+            await self.connection.flush()
+        except ConnectionError as error:
+            raise UnavailableError("the client has hung up, or does not read") from error
+
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
         """Do what is of no use to anybody else, for as long as the client is there."""
         task = asyncio.create_task(work)

@@ -300,6 +300,12 @@ class Connection(asyncio.BufferedProtocol):
         if not self._transport.is_closing():
             self._transport.write(text + b"\n")
 
+    def write_piece(self, piece: bytes) -> None:
+        """Hand over bytes to be sent as they are, behind a line with their size; see `flush`."""
+        if not self._transport.is_closing():
+            line = b'{"jsonrpc":"2.0","method":"piece","params":{"size":%d}}\n' % len(piece)
+            self._transport.writelines((line, piece))
+
     def notify(self, text: bytes) -> None:
         """Send a line that may be left out when the client does not read."""
         if self.unsent_bytes < self.limits.notification_bytes:

@@ -1,14 +1,16 @@
-"""The parameters of `template_import` turned into what the cloud is asked for."""
+"""The parameters of `template_import` and `vm_import` turned into what the cloud is asked for."""
 
 from urllib.parse import urlsplit
 
-from oscloudd.api.params import TemplateImportParams
+from oscloudd.api.params import TemplateImportParams, VmImportParams
 from oscloudd.cloud.template_files import check_template_name
 from oscloudd.cloud.template_making import ImportRequest
+from oscloudd.cloud.vm_import import VmImportRequest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.checksums import parse_checksum
 from oscloudd.host.downloads import check_url
 from oscloudd.host.image_header import MAX_SIZE_BYTES
+from oscloudd.units import check_name
 
 _MAX_URL_LENGTH = 2000
 _MAX_WORDS_LENGTH = 255
@@ -40,10 +42,25 @@ def build_import(params: TemplateImportParams) -> ImportRequest:
     )
 
 
-def _check_size(params: TemplateImportParams) -> None:
-    size = params.size or 0
+def build_vm_import(params: VmImportParams) -> VmImportRequest:
+    """Check what can be checked without looking at anything; raises InvalidArgumentError."""
+    _check_bytes(params.size)
+    return VmImportRequest(
+        source=_words(params.file_name, "file_name") or "the file",
+        size_bytes=params.size,
+        name=None if params.name is None else check_name(params.name),
+        network=params.network,
+        has_new_identity=params.new_identity,
+    )
+
+
+def _check_bytes(size: int) -> None:
     if not 0 < size <= MAX_SIZE_BYTES:
         raise InvalidArgumentError(f"size {size} is not between 1 byte and 1 TiB", parameter="size")
+
+
+def _check_size(params: TemplateImportParams) -> None:
+    _check_bytes(params.size or 0)
     if not params.wait:
         raise InvalidArgumentError(
             "the caller has to stay until its file is there",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from oscloudd.api.caller import Caller
-from oscloudd.api.imports import build_import
+from oscloudd.api.imports import build_import, build_vm_import
 from oscloudd.api.networks import build_network
 from oscloudd.api.params import (
     DiskCreateParams,
+    DiskExportParams,
     DiskParams,
     DiskResizeParams,
     EventWatchParams,
@@ -35,8 +36,10 @@ from oscloudd.api.params import (
     VmCloneParams,
     VmCreateParams,
     VmDiskParams,
+    VmImportParams,
     VmLogParams,
     VmParams,
+    VmPublishParams,
     VmQemuCommandParams,
     VmRenameParams,
     VmSetParams,
@@ -53,6 +56,7 @@ from oscloudd.cloud.cloud import Cloud
 from oscloudd.cloud.disks import DiskRequest
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.port_specs import parse_name, parse_spec
+from oscloudd.cloud.template_files import check_template_name
 from oscloudd.cloud.vm_clone import CloneRequest
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
@@ -263,6 +267,28 @@ async def _disk_resize(cloud: Cloud, params: DiskResizeParams, caller: Caller) -
     return await cloud.attachments.resize(params.disk, size, _order(caller))
 
 
+async def _disk_export(cloud: Cloud, params: DiskExportParams, caller: Caller) -> object:
+    order = _order(caller)
+    exporting = cloud.exports.disk(params.disk, params.format, caller.send, order)
+    return await caller.unless_gone(exporting)
+
+
+async def _vm_export(cloud: Cloud, params: VmParams, caller: Caller) -> object:
+    exporting = cloud.exports.vm(params.vm, caller.send, _order(caller))
+    return await caller.unless_gone(exporting)
+
+
+async def _vm_import(cloud: Cloud, params: VmImportParams, caller: Caller) -> object:
+    request = build_vm_import(params)
+    body = caller.connection.receive(request.size_bytes)
+    return await cloud.importer.take(request, body, _order(caller))
+
+
+async def _vm_publish(cloud: Cloud, params: VmPublishParams, caller: Caller) -> object:
+    name = check_template_name(params.template)
+    return await cloud.publisher.publish(params.vm, name, _order(caller, wait=params.wait))
+
+
 async def _template_build(cloud: Cloud, params: TemplateJobParams, caller: Caller) -> object:
     return await cloud.templates.build(params.template, _order(caller, wait=params.wait))
 
@@ -331,6 +357,9 @@ METHODS: dict[str, Method] = {
     "vm_clone": Method(VmCloneParams, _vm_clone),
     "vm_rename": Method(VmRenameParams, _vm_rename),
     "vm_set": Method(VmSetParams, _vm_set),
+    "vm_export": Method(VmParams, _vm_export),
+    "vm_import": Method(VmImportParams, _vm_import),
+    "vm_publish": Method(VmPublishParams, _vm_publish),
     "vm_wait": Method(VmWaitParams, _vm_wait),
     "vm_log": Method(VmLogParams, _vm_log, is_list=True),
     "vm_console": Method(VmParams, _vm_console),
@@ -348,6 +377,7 @@ METHODS: dict[str, Method] = {
     "disk_detach": Method(VmDiskParams, _disk_detach),
     "disk_resize": Method(DiskResizeParams, _disk_resize),
     "disk_delete": Method(DiskParams, lambda cloud, params, _: cloud.disks.delete(params.disk)),
+    "disk_export": Method(DiskExportParams, _disk_export),
     "network_list": Method(Params, lambda cloud, _, __: cloud.networks.list(), is_list=True),
     "network_info": Method(
         NetworkParams, lambda cloud, params, _: cloud.networks.info(params.network)

@@ -58,6 +58,12 @@ class VmDiskParams(VmParams, frozen=True):
     disk: Key
 
 
+class DiskExportParams(DiskParams, frozen=True):
+    """A disk, and the format it is sent in."""
+
+    format: Literal["qcow2", "raw"] = "qcow2"
+
+
 class NetworkParams(Params, frozen=True):
     """A network by id or name."""
 
@@ -161,6 +167,26 @@ class VmCloneParams(VmParams, frozen=True):
     cpus: int | None = None
     ip: str | None = None
     wait: Literal["ready", "started", "none"] = "ready"
+
+
+class VmImportParams(Params, frozen=True):
+    """An exported vm of `size` bytes, which the daemon asks for, and what is to be different.
+
+    `file_name` is what the sender calls it.
+    """
+
+    size: int
+    file_name: str = ""
+    name: str | None = None
+    network: Key | None = None
+    new_identity: bool = False
+
+
+class VmPublishParams(VmParams, frozen=True):
+    """A vm, the name of the template it becomes, and whether to answer only when it has."""
+
+    template: str
+    wait: bool = True
 
 
 class VmSetParams(VmParams, frozen=True):

@@ -18,17 +18,21 @@ from oscloudd.cloud.disk_attachments import DiskAttachments
 from oscloudd.cloud.disks import Disks
 from oscloudd.cloud.doctor import Doctor
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.exports import Exports
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.first_starts import FirstStarts
+from oscloudd.cloud.flattening import Flattener
 from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
+from oscloudd.cloud.kernel_templates import KernelTemplates
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.ports import Ports
+from oscloudd.cloud.publishing import Publisher
 from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.reconcile import Reconciler
 from oscloudd.cloud.snapshot_steps import SnapshotSteps
@@ -40,6 +44,7 @@ from oscloudd.cloud.suspension import Suspension
 from oscloudd.cloud.templates import TemplateDeleted, Templates
 from oscloudd.cloud.vm_clone import VmCloner
 from oscloudd.cloud.vm_create import VmCreator
+from oscloudd.cloud.vm_import import VmImporter
 from oscloudd.cloud.vm_power import VmPower
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.cloud.vms import Vms
@@ -145,6 +150,21 @@ class Cloud:
         )
         operations = Operations(database, self.jobs, steps)
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
+        flattener = Flattener(config, database, self.templates, operations)
+        self.exports = Exports(config, database, self.templates, self.jobs, flattener)
+        self.publisher = Publisher(database, self.templates, flattener)
+        self._kernels = KernelTemplates(config, self.templates)
+        self.importer = VmImporter(
+            config,
+            database,
+            self.states,
+            self.networks,
+            self.ports,
+            self._kernels,
+            self.jobs,
+            operations,
+            steps,
+        )
         self.power = VmPower(
             config,
             database,
@@ -199,6 +219,7 @@ class Cloud:
     async def prepare(self) -> None:
         """Do what must be done before anybody may ask for anything; asks no qemu."""
         await asyncio.to_thread(self.templates.remove_leftovers)
+        await asyncio.to_thread(self.exports.prepare)
         shutil.rmtree(self.config.keys_path, ignore_errors=True)
         self.config.keys_path.mkdir(mode=0o700)
         await self.warm_images.remove_leftovers()
@@ -256,6 +277,7 @@ class Cloud:
                 self.events.prune,
                 self.jobs.prune,
                 self.warm_images.prune,
+                self._kernels.prune,
                 self._database.refill_ballast,
             ):
                 try:

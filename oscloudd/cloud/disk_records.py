@@ -31,6 +31,7 @@ class DiskRecord(msgspec.Struct, frozen=True):
     root_vm_id: int | None
     root_vm: str | None
     layer_id: int | None
+    warm_image: str | None
 
     @property
     def vm_id(self) -> int | None:
@@ -57,7 +58,7 @@ def read_disks(condition: Expression | None = None) -> list[DiskRecord]:
         Disk.select(
             Disk.id, Disk.name, Disk.size, Disk.template_name, Disk.slot, Disk.is_kept,
             Disk.has_identity, Disk.created_at, data_vm.id, data_vm.name, root_vm.id, root_vm.name,
-            Disk.layer_id,
+            Disk.layer_id, Disk.warm_image,
         )
         .join(data_vm, JOIN.LEFT_OUTER, on=(data_vm.id == Disk.vm_id))
         .switch(Disk)
@@ -92,6 +93,11 @@ def check_is_free(disk: DiskRecord) -> None:
             hint=hints[disk.role or "data"],
             vm=disk.vm,
         )
+    check_is_made(disk)
+
+
+def check_is_made(disk: DiskRecord) -> None:
+    """Raise InUseError while a disk is being made."""
     making = JobRow.select(JobRow.id).where(
         JobRow.kind == "disk_create", JobRow.state == JobState.RUNNING, JobRow.target == disk.name
     )

@@ -96,6 +96,7 @@ class Job:
         self.kind = str(row.kind)
         self.target = str(row.target)
         self.vm_id: int = row.vm_id or 0
+        self.owner_uid = int(row.owner_uid)
         self.step = int(row.step)
         self.stage = self.journalled_stage = str(row.stage)
         self.attempts = int(row.attempts)

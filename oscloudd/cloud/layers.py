@@ -9,10 +9,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from oscloudd.cloud.template_files import ReadyTemplate
-from oscloudd.cloud.vm_paths import layers_directory, vm_paths
+from oscloudd.cloud.vm_paths import layers_directory
 from oscloudd.cloud.vm_records import VmRecord
-from oscloudd.cloud.warm_files import frozen_disk
 from oscloudd.config import Config
 from oscloudd.store.models import Disk, Layer, Snapshot
 
@@ -39,20 +37,6 @@ def remove_layers(config: Config, layer_ids: Iterable[int]) -> None:
     """Remove the files of layers; blocks. What is left of them has no row, and is swept out."""
     for layer_id in layer_ids:
         shutil.rmtree(layer_directory(config, layer_id), ignore_errors=True)
-
-
-def disk_chain(
-    config: Config, vm: VmRecord, template: ReadyTemplate, layer_ids: Iterable[int]
-) -> list[tuple[Path, str]]:
-    """Give the files that a vm's disk consists of and their formats, the top first.
-
-    `layer_ids` are what `read_chain` says. Only the first is written to.
-    """
-    chain = [(vm_paths(config, vm.id, vm.disk_id).disk, "qcow2")]
-    chain += [(layer_disk(config, layer_id), "qcow2") for layer_id in layer_ids]
-    if vm.warm_image is not None:
-        chain.append((frozen_disk(config, vm.warm_image), "qcow2"))
-    return [*chain, (template.image, template.declaration.image.format)]
 
 
 def read_chain(layer_id: int | None) -> list[int]:

@@ -23,9 +23,9 @@ Firmware = Literal["bios", "uefi"]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[source]: where the image comes from."""
+    """[source]: where the image comes from; with "vm" there is none, see `kernel_templates`."""
 
-    kind: Literal["build", "download", "import"]
+    kind: Literal["build", "download", "import", "publish", "vm"]
     url: str = ""
     checksums_url: str = ""
     file_name: str = ""
@@ -125,33 +125,21 @@ class ReadyTemplate:
         return self.directory / name if name else None
 
 
-def format_declaration(
-    description: str, os: str, url: str, file_name: str, image_format: str, firmware: Firmware
-) -> str:
-    """Write the template.toml of an image that boots by itself and has cloud-init."""
+def format_declaration(declaration: Declaration) -> str:
+    """Write a template.toml; every text in it has to be printable, and it places no files."""
+    lines: list[str] = []
+    sections: list[str] = []
+    for name, value in msgspec.to_builtins(declaration).items():
+        if isinstance(value, dict):
+            sections += ["", f"[{name}]", *(_assign(key, each) for key, each in value.items())]
+        else:
+            lines.append(_assign(name, value))
+    return "\n".join([*lines, *sections, ""])
+
+
+def _assign(key: str, value: object) -> str:
     # A basic string of TOML takes what JSON escapes, for as long as it is printable.
-    said = {key: json.dumps(value, ensure_ascii=False) for key, value in (
-        ("description", description), ("os", os), ("url", url), ("file", file_name),
-    )}  # fmt: skip
-    return f"""\
-description = {said["description"]}
-os = {said["os"]}
-
-[source]
-kind = "import"
-url = {said["url"]}
-format = "{image_format}"
-
-[boot]
-firmware = "{firmware}"
-
-[image]
-file = {said["file"]}
-format = "{image_format}"
-
-[guest]
-identity = "cloud-init"
-"""
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"
 
 
 def read_declaration(directory: Path) -> Declaration:

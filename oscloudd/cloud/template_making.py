@@ -15,8 +15,12 @@ from oscloudd.cloud.template_files import (
     DECLARATION,
     DIGEST,
     FILES,
+    Boot,
     Declaration,
     Firmware,
+    Guest,
+    Image,
+    Source,
     format_declaration,
     read_declaration,
 )
@@ -90,10 +94,15 @@ class TemplateMaker:
         judged = await self._check(making, request.format, request.source, job)
         file_name = f"disk.{judged.format}"
         (making / _IMAGE).rename(making / file_name)
-        text = format_declaration(
-            f"imported from {request.source}", request.os, request.url, file_name, judged.format,
-            request.firmware,
-        )  # fmt: skip
+        declaration = Declaration(
+            description=f"imported from {request.source}",
+            os=request.os,
+            source=Source(kind="import", url=request.url, format=judged.format),
+            guest=Guest(identity="cloud-init"),
+            boot=Boot(firmware=request.firmware),
+            image=Image(file=file_name, format=judged.format),
+        )
+        text = format_declaration(declaration)
         (making / DECLARATION).write_text(text, encoding="utf-8")
 
     async def _fetch(self, url: str, expected: Checksum | None, making: Path, job: Job) -> None:

@@ -44,10 +44,15 @@ from oscloudd.store.models import Job as JobRow
 
 # What the column `template_name` holds; a file's own limit is 255 bytes.
 _MAX_NAME_LENGTH = 63
-_MAKING, _REMOVING = ".making-", ".removing-"
+MAKING, _REMOVING = ".making-", ".removing-"
 # A download that nobody has gone on with for so long is given up.
 _KEPT_DOWNLOAD_SECONDS = 7 * 86400
-_STATES = {"build": "BUILDING", "download": "DOWNLOADING", "import": "IMPORTING"}
+_STATES = {
+    "build": "BUILDING",
+    "download": "DOWNLOADING",
+    "import": "IMPORTING",
+    "publish": "PUBLISHING",
+}
 
 Fill = Callable[[Path, Job], Awaitable[None]]
 
@@ -104,7 +109,7 @@ class Templates:
         Downloads keep their beginning for a while.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
-        for path in (*self._directory.glob(f"{_MAKING}*"), *self._directory.glob(f"{_REMOVING}*")):
+        for path in (*self._directory.glob(f"{MAKING}*"), *self._directory.glob(f"{_REMOVING}*")):
             shutil.rmtree(path)
         oldest = time.time() - _KEPT_DOWNLOAD_SECONDS
         for path in self._directory.glob(f"{DOWNLOAD}*"):
@@ -188,16 +193,15 @@ class Templates:
         self, request: ImportRequest, body: AsyncIterator[bytes] | None, order: Order
     ) -> TemplateInfo | JobInfo:
         """Make a template of an image that a user brings, by its address or as `body`."""
-        if request.name in find_declarations(self._declared_in):
-            raise AlreadyExistsError(
-                f"template {request.name!r} is declared here",
-                hint="choose another name",
-                object="template",
-                name=request.name,
-            )
+        self._check_not_declared(request.name)
         wanted = request if body is None else None
         fill = partial(self._maker.take, request, body)
         return await self._make(request.name, "import", wanted, order, fill)
+
+    async def publish(self, name: str, fill: Fill, order: Order) -> TemplateInfo | JobInfo:
+        """Make a template of a vm; `fill` knows of which."""
+        self._check_not_declared(name)
+        return await self._make(name, "publish", None, order, fill)
 
     async def delete(self, name: str) -> TemplateDeleted:
         """Remove a template that no disk stands on: what was made here, not its declaration."""
@@ -244,7 +248,7 @@ class Templates:
         return job, task
 
     async def _fill(self, name: str, fill: Fill, job: Job) -> None:
-        making = self._directory / f"{_MAKING}{name}"
+        making = self._directory / f"{MAKING}{name}"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         try:
@@ -255,6 +259,15 @@ class Templates:
             await asyncio.to_thread(durable, self._directory / name)
         finally:
             shutil.rmtree(making, ignore_errors=True)
+
+    def _check_not_declared(self, name: str) -> None:
+        if name in find_declarations(self._declared_in):
+            raise AlreadyExistsError(
+                f"template {name!r} is declared here",
+                hint="choose another name",
+                object="template",
+                name=name,
+            )
 
     def _check_is_new(self, name: str) -> None:
         if read_ready(self._directory / name) is not None:

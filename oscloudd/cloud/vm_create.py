@@ -272,7 +272,7 @@ class VmCreator:
     def _check_can_reserve(self, request: VmRequest) -> NetworkRecord:
         """Say in a transaction what stands against a vm; give the network it is to be in."""
         network = read_network(request.network)
-        _check_name_is_free(request.name)
+        check_name_is_free(request.name)
         check_memory(request.mem_size, self._config.limits.overcommit)
         return network
 
@@ -301,7 +301,7 @@ class VmCreator:
             )
         network = self._check_can_reserve(request)
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
-        given = _allocate(network, request.ip, spare, self._ports.host_ports())
+        given = allocate(network, request.ip, spare, self._ports.host_ports())
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         standing_on = original.warm_image if original is not None else warm and warm.name
@@ -363,7 +363,7 @@ class VmCreator:
 
 
 @dataclass(frozen=True)
-class _Given:
+class Given:
     """What is allocated to a new vm."""
 
     ip: str
@@ -371,16 +371,17 @@ class _Given:
     serial_port: int
 
 
-def _allocate(
+def allocate(
     network: NetworkRecord, wanted_ip: str | None, spare: Spare | None, host_ports: set[int]
-) -> _Given:
+) -> Given:
+    """Choose in a transaction what nobody has; raises what `allocate_address` does."""
     taken = list(Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples())
     addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
     taps = {tap for _, _, tap, _ in taken}
     # A vm that no row knows of may run here, as after an older copy of the database was put back.
     addresses |= permanent_addresses(network.bridge)
     taps |= numbers_in_use("osctap")
-    return _Given(
+    return Given(
         ip=allocate_address(network.subnet, addresses, wanted_ip, network=network.name),
         tap_index=first_free_index(taps) if spare is None else spare.tap_index,
         serial_port=first_free_serial_port(host_ports | {port for _, _, _, port in taken}),
@@ -403,6 +404,12 @@ def _insert_job(
 
 def _check_suits(request: VmRequest, declaration: Declaration) -> None:
     """Say what a template's declaration has against a vm."""
+    if declaration.source.kind == "vm":
+        raise InvalidArgumentError(
+            f"template {request.image} has no image: it is what imported vms boot with",
+            hint="choose another: oscloudctl template-list",
+            parameter="image",
+        )
     if request.mem_size < declaration.min_mem_bytes:
         raise InvalidArgumentError(
             f"mem_size {request.mem_size} is too small for {request.image}",
@@ -421,7 +428,8 @@ def _is_layer(layer_id: int) -> bool:
     return bool(Layer.select().where(Layer.id == layer_id, Layer.whole).exists())
 
 
-def _check_name_is_free(name: str) -> None:
+def check_name_is_free(name: str) -> None:
+    """Raise AlreadyExistsError in a transaction where a vm of this name is there."""
     if Vm.select().where(Vm.name == name).exists():
         raise AlreadyExistsError(
             f"vm {name!r} already exists",

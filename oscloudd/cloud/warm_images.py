@@ -327,7 +327,8 @@ def _check_can_warm(shape: Shape) -> None:
     if not shape.can_be_warm:
         raise InvalidArgumentError(
             f"template {shape.template.name!r} can't be kept warm: its guests take their identity "
-            f"by {declaration.guest.identity}",
+            f"by {declaration.guest.identity}, and its source is {declaration.source.kind}",
+            hint="a guest has to ask over its serial line, and to have no identity yet",
             parameter="template",
         )
     if shape.mem_size < declaration.min_mem_bytes:

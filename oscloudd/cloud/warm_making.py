@@ -46,9 +46,12 @@ class Shape:
 
     @property
     def can_be_warm(self) -> bool:
-        """Whether its guest can wait for its identity."""
+        """Whether its guest can wait for its identity: it has none yet, and asks for one."""
         template = self.template
-        return template.declaration.guest.identity == "serial" and not template.is_uefi
+        declaration = template.declaration
+        has_identity = declaration.source.kind in ("publish", "vm")
+        asks = declaration.guest.identity == "serial" and not has_identity
+        return asks and not template.is_uefi
 
     def spec(self, accelerator: str, binary: str) -> MachineSpec:
         """Give the machine that is booted and saved."""

@@ -128,6 +128,11 @@ def is_blank(image: IO[bytes], file_bytes: int) -> bool:
     return is_as_long and not any(_read(image, header.l1_offset, table_bytes))
 
 
+def stands_alone(header: Qcow2Header) -> bool:
+    """Tell whether an image of our own making has its data in its file, for all to read."""
+    return not header.incompatible_features & _DATA_FILE and header.crypt_method == 0
+
+
 def find_danger(header: Qcow2Header, file_bytes: int) -> str | None:
     """Give why a stranger's image with this header may not be opened, or None."""
     return next((reason for found, reason in _dangers(header, file_bytes) if found), None)

@@ -1,4 +1,4 @@
-"""Disk images: overlays, conversion, sizes, and files that survive a power cut.
+"""Disk images: overlays, sizes, and files that survive a power cut.
 
 `qemu-img` always gets the format told. Whether a stranger's image may be used is judged in
 `image_check`; what is here is for those that were.
@@ -7,19 +7,15 @@
 import asyncio
 import hashlib
 import os
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from oscloudd.errors import HostError
 from oscloudd.host.commands import run
 from oscloudd.host.image_header import HEADER_BYTES, parse_qcow2_header
 
-_CONVERT_SECONDS = 1800
 # extended_l2: else a write of 4 KiB to an overlay takes a whole cluster of 64, read from the base.
 _CREATE_ARGV = ("qemu-img", "create", "-q", "-o", "extended_l2=on", "-f", "qcow2")
-_PERCENT = re.compile(r"\(([0-9.]+)/100%\)")
 
 
 async def create_overlay(path: Path, base_path: Path, base_format: str, size_bytes: int) -> None:
@@ -86,41 +82,6 @@ def virtual_size_bytes(path: Path, image_format: str) -> int:
             return parse_qcow2_header(image.read(HEADER_BYTES)).virtual_size_bytes
     except OSError as error:
         raise HostError(f"{path} can't be read: {error.strerror}") from error
-
-
-async def convert(
-    source: Path,
-    source_format: str,
-    destination: Path,
-    destination_format: str = "qcow2",
-    *,
-    on_fraction: Callable[[float], None] | None = None,
-    timeout_seconds: float = _CONVERT_SECONDS,
-) -> None:
-    """Write the image anew in another format; `destination` appears whole and durable or not."""
-    part = destination.with_name(destination.name + ".part")
-
-    def report(line: str) -> None:
-        match = _PERCENT.search(line)
-        if match is not None and on_fraction is not None:
-            on_fraction(float(match[1]) / 100)
-
-    try:
-        argv = build_convert_argv(source, source_format, part, destination_format)
-        await run(argv, timeout_seconds=timeout_seconds, on_line=report)
-        await asyncio.to_thread(publish, part, destination)
-    except BaseException:
-        _discard(part)
-        raise
-
-
-def build_convert_argv(
-    source: Path, source_format: str, destination: Path, destination_format: str
-) -> list[str]:
-    """Give the command that writes an image anew."""
-    # Without -t it writes with cache=unsafe and drops the flushes.
-    argv = ["qemu-img", "convert", "-p", "-t", "writeback", "-f", source_format]
-    return [*argv, "-O", destination_format, _name(source), _name(destination)]
 
 
 def _check_base(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from oscloudd.errors import ExhaustedError, HostError, InvalidArgumentError
-from oscloudd.host.checksums import Checksum
+from oscloudd.host.checksums import Algorithm, Checksum
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.units import format_size
 
@@ -31,9 +31,9 @@ async def receive(
     expected: Checksum | None,
     least_free_bytes: int,
     on_progress: Callable[[int], None],
-) -> None:
-    """Write what `body` gives to `destination`; `on_progress` gets the bytes there are, ten
-    times a second.
+) -> Checksum:
+    """Write what `body` gives to `destination`, and give its checksum; `on_progress` gets the
+    bytes there are, ten times a second.
 
     Raises InvalidArgumentError for another digest than expected, ExhaustedError before less than
     `least_free_bytes` of the disk are free, and whatever `body` does. What is there then is the
@@ -51,7 +51,7 @@ async def receive(
                     next_report = time.monotonic() + _REPORT_SECONDS
                     on_progress(upload.size_bytes)
         await asyncio.to_thread(upload.write, bytes(piece))
-        upload.finish()
+        return upload.finish()
     finally:
         upload.close()
 
@@ -64,12 +64,12 @@ class _Upload:
         self._path = path
         self._least_free_bytes = least_free_bytes
         self._expected = expected
-        self._digest = None if expected is None else hashlib.new(expected.algorithm)
+        self._algorithm: Algorithm = "sha256" if expected is None else expected.algorithm
+        self._digest = hashlib.new(self._algorithm)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def write(self, piece: bytes) -> None:
-        if self._digest is not None:
-            self._digest.update(piece)
+        self._digest.update(piece)
         if disk_free_bytes(self._path) - len(piece) < self._least_free_bytes:
             raise _no_space(self._path, self._least_free_bytes)
         try:
@@ -90,19 +90,17 @@ class _Upload:
         else:
             self.size_bytes += len(data)
 
-    def finish(self) -> None:
+    def finish(self) -> Checksum:
         os.ftruncate(self._fd, self.size_bytes)
-        if self._expected is None or self._digest is None:
-            return
-        digest = self._digest.hexdigest()
-        if digest != self._expected.digest:
-            found = Checksum(self._expected.algorithm, digest)
+        found = Checksum(self._algorithm, self._digest.hexdigest())
+        if self._expected is not None and self._expected != found:
             raise InvalidArgumentError(
                 f"the file has {found}, but {self._expected.digest} was announced",
                 hint="it is damaged, or another one than was meant",
-                digest=digest,
+                digest=found.digest,
                 expected=self._expected.digest,
             )
+        return found
 
     def close(self) -> None:
         os.close(self._fd)

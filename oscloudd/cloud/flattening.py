@@ -1,0 +1,103 @@
+"""Disks at rest, made one image each: what exporting and publishing have in common."""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
+
+from oscloudd.cloud.disk_chain import disk_chain
+from oscloudd.cloud.disk_records import DiskRecord, check_is_made, read_disk
+from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.layers import read_chain
+from oscloudd.cloud.operations import Operations
+from oscloudd.cloud.states import DOWN_STATES, VmState
+from oscloudd.cloud.templates import Templates
+from oscloudd.cloud.vm_records import VmRecord, find_vm
+from oscloudd.config import Config
+from oscloudd.errors import ExhaustedError, InvalidStateError
+from oscloudd.host.flatten import Layer, flatten, measure
+from oscloudd.host.image_check import ImageFormat
+from oscloudd.host.resources import disk_free_bytes
+from oscloudd.host.users import resolve_qemu_user
+from oscloudd.store.database import Database
+from oscloudd.units import format_size
+
+
+def read_resting_disk(key: int | str) -> DiskRecord:
+    """Read a disk in a transaction; raises InvalidStateError while its vm may write to it."""
+    disk = read_disk(key)
+    check_is_made(disk)
+    vm = None if disk.vm_id is None else find_vm(disk.vm_id)
+    if vm is not None:
+        check_down(vm)
+    return disk
+
+
+def check_down(vm: VmRecord) -> None:
+    """Raise InvalidStateError unless a vm's disk is at rest, and is all there is of it."""
+    if vm.state == VmState.SUSPENDED:
+        hint = f"its memory would be lost: oscloudctl vm-resume {vm.name}, then vm-stop"
+    elif vm.state not in DOWN_STATES:
+        hint = f"stop it: oscloudctl vm-stop {vm.name}"
+    else:
+        return
+    raise InvalidStateError(
+        f"the disk of vm {vm.name!r} can't be read: the vm is {vm.state}",
+        hint=hint,
+        state=vm.state,
+    )
+
+
+class Flattener:
+    """Flattens the disks of one cloud, as qemu's user."""
+
+    def __init__(
+        self, config: Config, database: Database, templates: Templates, operations: Operations
+    ) -> None:
+        self._config = config
+        self._database = database
+        self._templates = templates
+        self._operations = operations
+        self.user = resolve_qemu_user(config.qemu.user).name
+
+    def hold(self, vm_id: int | None) -> AbstractAsyncContextManager[None]:
+        """See to it that nothing is done to a vm meanwhile; None is of no vm."""
+        return nullcontext() if vm_id is None else self._operations.lock(vm_id)
+
+    async def flatten(
+        self,
+        disk: DiskRecord,
+        target: int,
+        image_format: ImageFormat,
+        job: Job,
+        *,
+        directory: Path,
+    ) -> None:
+        """Write all that is in a disk to the file open as `target`, as `host.flatten` does.
+
+        That file is in `directory`. Raises ExhaustedError, too, when it would fill that.
+        """
+        template = None if disk.template is None else self._templates.get_ready(disk.template)
+        layers = await self._database.run(lambda: read_chain(disk.layer_id))
+        chain = disk_chain(self._config, disk, template, layers)
+        job.report("flattening", disk.name)
+        await self._check_room(chain, directory)
+        await flatten(
+            chain,
+            target,
+            image_format,
+            self.user,
+            on_fraction=lambda done: job.report("flattening", disk.name, done),
+        )
+
+    async def _check_room(self, chain: Sequence[Layer], directory: Path) -> None:
+        least = self._config.limits.min_free_disk_bytes()
+        wanted, free = await measure(chain, self.user), disk_free_bytes(directory)
+        if free - wanted < least:
+            raise ExhaustedError(
+                f"{directory} has {format_size(free)} free: the disk takes {format_size(wanted)} "
+                f"there as one image, and {format_size(least)} are to stay free",
+                hint="free some space, or lower [limits] min_free_disk in oscloud.toml",
+                resource="disk",
+                free=free,
+                wanted=wanted,
+            )

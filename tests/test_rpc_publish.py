@@ -1,0 +1,134 @@
+"""Vms that become templates, over the socket; and a daemon killed in it."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cloud_accounts import settle
+from daemon_process import IMAGE, Box, RpcError
+from daemon_zygote import ZygoteBox
+from dying_daemon import Death
+from test_kill_matrix import ask_to_die, count_deaths, wait_for_death
+from test_rpc_exports import export, stopped, write
+from test_rpc_templates import last_job, small_disk
+from test_rpc_vm_copies import build, take, without_kernel
+
+DATA = b"written by the guest".ljust(1 << 16, b".")
+KERNEL = b"kernel" * 99
+WHOLE = {"digest", "disk.qcow2", "kernel", "template.toml"}
+
+
+def prepare(box: Box) -> dict[str, Any]:
+    """Have a stopped vm that boots with a kernel of its template's."""
+    vm = stopped(box)
+    write(box, vm, 5 << 20, DATA)
+    content, _answer = export(box, "vm_export", vm="web")
+    box.call("vm_delete", vm="web")
+    manifest, *others = without_kernel(content)
+    return take(box, build([manifest, ("kernel", KERNEL), *others]))
+
+
+def templates(box: Box) -> dict[str, set[str]]:
+    found = (box.root / "state/templates").iterdir()
+    return {
+        path.name: set(os.listdir(path))
+        for path in found
+        if path.name != IMAGE and "-import-" not in path.name
+    }
+
+
+def test_a_vm_becomes_a_template(box: Box) -> None:
+    vm = prepare(box)
+    made = box.call("vm_publish", vm="web", template="mine")
+    assert (made["name"], made["state"], made["source"]) == ("mine", "READY", "publish")
+    assert made["description"] == "published from vm web"
+    assert made["min_disk_size"] == vm["disk_size"]
+    assert templates(box) == {"mine": WHOLE}
+    directory = box.root / "state/templates/mine"
+    assert (directory / "kernel").read_bytes() == KERNEL
+    assert (directory / "disk.qcow2").stat().st_mode & 0o777 == 0o444
+    raw = subprocess.check_output(
+        ["qemu-io", "-r", "-f", "qcow2", "-c", f"read -v {5 << 20} 32", directory / "disk.qcow2"]
+    )
+    assert b"written.by.the.g" in raw
+    assert (last_job(box)["kind"], last_job(box)["state"]) == ("template_publish", "DONE")
+    # Its vms are told who they are, whatever is on their disk; the first one is as it was.
+    new = box.create("blog", image="mine", warm="auto")
+    arguments = Path(f"/proc/{new['pid']}/cmdline").read_text()
+    assert f"oscloud.identity={new['uuid']}" in arguments
+    assert box.call("vm_start", vm="web")["uuid"] == vm["uuid"]
+    with pytest.raises(RpcError) as refused:
+        box.call("template_warm", template="mine", mem_size="64M")
+    assert "can't be kept warm" in refused.value.message
+    with pytest.raises(RpcError) as used:
+        box.call("template_delete", template="mine")
+    assert used.value.kind == "in_use"
+
+
+def test_what_can_not_be_published_is_refused(box: Box) -> None:
+    vm = prepare(box)
+    box.call("vm_publish", vm="web", template="mine")
+    for name, kind in (("mine", "already_exists"), ("../x", "invalid_argument")):
+        with pytest.raises(RpcError) as refused:
+            box.call("vm_publish", vm="web", template=name)
+        assert refused.value.kind == kind
+    box.call("vm_start", vm="web")
+    with pytest.raises(RpcError) as running:
+        box.call("vm_publish", vm="web", template="other")
+    assert (running.value.kind, running.value.data["state"]) == ("invalid_state", "RUNNING")
+    box.call("vm_stop", vm="web", force=True)
+    content, _answer = export(box, "vm_export", vm="web")
+    box.call("vm_delete", vm=vm["id"])
+    take(box, build(without_kernel(content)))
+    with pytest.raises(RpcError) as mute:
+        box.call("vm_publish", vm="web", template="other")
+    assert "would not ask who they are" in mute.value.message
+    assert templates(box) == {"mine": WHOLE}
+
+
+def test_a_full_disk_leaves_nothing(box: Box) -> None:
+    prepare(box)
+    box.end()
+    kept = box.root / "state/templates"
+    aside = kept.rename(box.root / "aside")
+    kept.mkdir()
+    with small_disk(kept, "8M"):
+        subprocess.run(["cp", "-a", f"{aside}/.", kept], check=True)
+        box.start()
+        with pytest.raises(RpcError) as full:
+            box.call("vm_publish", vm="web", template="mine")
+        assert (full.value.kind, full.value.data["resource"]) == ("exhausted", "disk")
+        assert templates(box) == {}
+        box.call("vm_delete", vm="web")
+        box.end()
+    box.start()
+
+
+@pytest.fixture(scope="module")
+def arena(zygote_box: ZygoteBox) -> ZygoteBox:
+    prepare(zygote_box)
+    return zygote_box
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", ["transaction", "process", "renaming", "durable"])
+def test_killed_while_publishing(arena: ZygoteBox, at: Any, when: Any) -> None:
+    box = arena
+
+    def kill_at(number: int) -> bool:
+        death = Death(at, number, when)
+        _question, died = ask_to_die(box, death, "vm_publish", vm="web", template="mine")
+        if died:
+            wait_for_death(box)
+            box.start()
+        settle(box)
+        assert templates(box) in ({}, {"mine": WHOLE})
+        assert box.call("vm_info", vm="web")["state"] == "STOPPED"
+        if not templates(box):
+            box.call("vm_publish", vm="web", template="mine")
+        box.call("template_delete", template="mine")
+        return died
+
+    assert count_deaths(kill_at) > 0
