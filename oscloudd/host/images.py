@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from oscloudd.errors import HostError
