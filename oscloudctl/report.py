@@ -2,6 +2,7 @@
 
 import click
 
+from oscloudctl.output import make_printable
 from oscloudd.errors import CloudError
 
 # 128 + SIGINT, what a shell reports for a command that Ctrl-C ended.
@@ -22,9 +23,10 @@ def report(error: CloudError | click.ClickException) -> int:
         message, hint, status = error.message, error.hint, error.exit_status
     else:
         message, hint, status = error.format_message(), _usage_hint(error), error.exit_code
-    click.echo(f"Error: {message}", err=True)
+    # An error of the daemon may have a guest's words in it.
+    click.echo(f"Error: {make_printable(message)}", err=True)
     if hint:
-        click.echo(f"Hint: {hint}", err=True)
+        click.echo(f"Hint: {make_printable(hint)}", err=True)
     return status
 
 

@@ -27,7 +27,8 @@ from stub_daemon import (
 
 from oscloudctl import progress
 from oscloudctl.catalogue import COMMANDS
-from oscloudd.errors import ERRORS_BY_KIND, InUseError, OperationTimeoutError
+from oscloudctl.report import report
+from oscloudd.errors import ERRORS_BY_KIND, HostError, InUseError, OperationTimeoutError
 
 STOPPED = {**VM, "id": 2, "name": "db", "state": "STOPPED", "ip": "192.168.0.3"}
 DISK = {"id": 1, "name": "web", "size": 10 << 30, "format": "qcow2", "template": "debian_12",
@@ -679,3 +680,11 @@ def test_a_vm_is_made_with_ports(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     ctl("vm-create", "web")
     given = [params.get("publish") for method, params in daemon.calls if method == "vm_create"]
     assert given == [["8080:80", "443:443"], None]
+
+
+def test_what_a_guest_says_in_an_error_drives_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = HostError("it said \x1b]0;title\x07\x1b[2Jno", hint="see \x1b[31mred")
+    assert report(error) == error.exit_status
+    assert capsys.readouterr().err == "Error: it said no\nHint: see red\n"
