@@ -270,3 +270,13 @@ def test_disks_of_their_own_are_exported_one_by_one(box: Box) -> None:
     assert "vm-stop web" in running.value.data["hint"]
     box.call("vm_delete", vm="web", force=True)
     box.call("disk_delete", disk="data")
+
+
+def test_snapshots_are_part_of_a_disk(box: Box) -> None:
+    vm = stopped(box)
+    write(box, vm, 1 << 20, MARK.ljust(1 << 16, b"."))
+    box.call("snapshot_create", vm="web", name="before")
+    write(box, vm, 2 << 20, MARK.ljust(1 << 16, b"!"))
+    content, _answer = export(box, "disk_export", disk=vm["disk"], format="raw")
+    assert content[1 << 20 : (1 << 20) + (1 << 16)] == MARK.ljust(1 << 16, b".")
+    assert content[2 << 20 : (2 << 20) + (1 << 16)] == MARK.ljust(1 << 16, b"!")
