@@ -152,10 +152,6 @@ class Supervisor:
                 incoming=warm is not None or saved is not None,
                 memory_object=saved is not None and saved.has_memory_object,
             )
-            if warm is None and not vm.identified:
-                # Its disk may be a copy of another's, who is somebody already. A clone is told who
-                # it is before it boots, and a reset must not make it ask again.
-                spec = replace(spec, cmdline=f"{spec.cmdline} oscloud.identity={vm.uuid}")
             files = await self._files(vm, template, warm)
             held = Held(vm.id)
             held.timings = timings
@@ -484,6 +480,11 @@ def machine_spec(
     vm: VmRecord, template: ReadyTemplate, accelerator: str, binary: str
 ) -> MachineSpec:
     """Give what the machine of a vm is to be."""
+    cmdline = template.declaration.boot.cmdline
+    is_copy = vm.layer_id is not None or template.declaration.source.kind in ("publish", "vm")
+    if is_copy and not vm.identified:
+        # Its disk is somebody's already.
+        cmdline += f" oscloud.identity={vm.uuid}"
     return MachineSpec(
         name=vm.name,
         uuid=vm.uuid,
@@ -493,5 +494,5 @@ def machine_spec(
         mac=vm.mac,
         binary=binary,
         base_format=template.declaration.image.format,
-        cmdline=template.declaration.boot.cmdline,
+        cmdline=cmdline,
     )
