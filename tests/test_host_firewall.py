@@ -337,6 +337,20 @@ def test_guest_reaches_the_world_behind_the_hosts_address_only() -> None:
 
 
 @in_namespace
+def test_a_guest_whose_bridge_is_gone_reaches_nothing() -> None:
+    with firewalled(NETWORKS) as (one, _, world):
+        world.ask("bind udp 7000")
+        ip("link set osctap0 nomaster")
+        # The host answers for each of its addresses on any interface: its neighbour's MAC is known.
+        mac = json.loads(ip("-json link show osctap0"))[0]["address"]
+        packet = ip4(ONE, WORLD, UDP, frames.udp(7000, 7000, b"slipped by"))
+        one.ask(f"frame {ethernet(ONE_MAC, mac, 0x0800, packet).hex()}")
+        ip("link set osctap0 master oscbr0")
+        one.ask(f"send {WORLD} 7000 honest")
+        assert world.ask("receive 7000") == f"honest {HOST_OUTSIDE}"
+
+
+@in_namespace
 def test_isolated_guest_reaches_its_own_network_and_gateway_only() -> None:
     isolated = [GuestNetwork("oscbr0", NETWORKS[0].subnet, isolated=True), NETWORKS[1]]
     with firewalled(isolated) as (one, other, world):
