@@ -12,6 +12,7 @@ from oscloudd.cloud import ports
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.port_specs import HostPort, parse_name, parse_spec
 from oscloudd.cloud.ports import Ports
+from oscloudd.cloud.vm_records import read_vm
 from oscloudd.errors import HostError, InUseError
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Network, Port, Vm
@@ -102,3 +103,26 @@ def test_a_port_that_the_host_does_not_forward_is_not_kept(
     monkeypatch.setattr(ports, "apply_forwards", apply)
     asyncio.run(scenario())
     assert applied == [1]
+
+
+def test_what_was_added_since_a_vm_was_looked_at_goes_with_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[int] = []
+
+    async def apply(forwards: list[Any], _bridges: list[str]) -> None:
+        applied.append(len(forwards))
+
+    async def scenario() -> None:
+        noun = Ports(database, Changes())
+        seen = await database.run(lambda: read_vm("web"))
+        await noun.forget(seen)
+        await noun.add("web", SPEC)
+        await noun.forget(seen)
+        assert await database.run(lambda: Port.select().count()) == 0
+        assert noun.host_ports() == set()
+        await noun.close()
+
+    monkeypatch.setattr(ports, "apply_forwards", apply)
+    asyncio.run(scenario())
+    assert applied == [1, 0]  # a vm without any is no reason to write the rules

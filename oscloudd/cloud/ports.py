@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv4Network
 
@@ -58,7 +58,8 @@ class Ports:
 
     def host_ports(self) -> set[int]:
         """Give the ports that no serial line may have."""
-        return {held.port for held in self._held if held.protocol == "tcp"}
+        # Asked by the database's thread too, while the loop's adds and removes some.
+        return {held.port for held in tuple(self._held) if held.protocol == "tcp"}
 
     async def prepare(self) -> None:
         """Take the ports of the vms there are."""
@@ -140,27 +141,29 @@ class Ports:
     async def delete(self, name: PortName) -> PortInfo:
         """Forward a port no longer; raises NotFoundError."""
 
-        def delete() -> PortInfo:
-            info = _find(name)
-            _delete(Port.spec == str(_spec(info)))
-            return info
-
-        info = await self._database.run(delete)
-        await self._forgotten([info])
+        [info] = await self._forget(lambda: Port.spec == str(_spec(_find(name))))
         return info
 
     async def forget(self, vm: VmRecord) -> None:
         """Forward nothing to a vm that is being removed; may be called again."""
-        if vm.ports:
-            infos = await self.list(vm.id)
-            await self._database.run(lambda: _delete(Port.vm == vm.id))
-            await self._forgotten(infos)
+        await self._forget(lambda: Port.vm == vm.id)
 
-    async def _forgotten(self, infos: Sequence[PortInfo]) -> None:
-        self._changes.announce()
-        # Before the rules go: a loss of what nobody wants any more is none.
-        self._let_go([_host_port(info) for info in infos])
-        await self.sync()
+    async def _forget(self, choose: Callable[[], Expression]) -> Sequence[PortInfo]:
+        """Remove what `choose` gives in a transaction, and let go of it; give what it was."""
+
+        def delete() -> list[PortInfo]:
+            condition = choose()
+            infos = _read(condition)
+            _delete(condition)
+            return infos
+
+        infos = await self._database.run(delete)
+        if infos:
+            self._changes.announce()
+            # Before the rules go: a loss of what nobody wants any more is none.
+            self._let_go([_host_port(info) for info in infos])
+            await self.sync()
+        return infos
 
     async def _hold(self, host: HostPort, taken: Collection[HostPort]) -> socket.socket | None:
         if any(host.overlaps(other) for other in taken):
