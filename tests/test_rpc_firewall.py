@@ -84,6 +84,25 @@ def test_a_vm_that_is_made_when_the_tables_are_gone_brings_them_back(box: Box) -
     assert f'"osctap1" . {db["mac"]} . {db["ip"]}' in ruleset(box)
 
 
+def test_a_vm_whose_deletion_is_given_up_may_send_and_has_its_name(box: Box) -> None:
+    vm = box.create("web-ignore_powerdown")
+    box.create("other")
+    rules = ruleset(box)
+    job = box.call("vm_delete", vm=vm["id"], timeout=600, wait=False)
+    box.until(lambda: box.call("job_info", job=job["id"])["cancellable"], "the job")
+    # Who looks at the rows now sees a vm that is going: a daemon that starts, one that repairs.
+    box.end(signal.SIGKILL)
+    box.start()
+    box.until(lambda: box.call("job_info", job=job["id"])["cancellable"], "the job taken up")
+    nft(box, "flush ruleset")
+    box.until(lambda: "osctap1" in ruleset(box), "the tables put back")
+    assert "osctap0" not in ruleset(box)
+    assert box.call("job_cancel", job=job["id"])["state"] == "CANCELLED"
+    assert box.call("vm_info", vm=vm["id"])["state"] == "RUNNING"
+    assert ruleset(box) == rules
+    assert (box.root / f"run/names/oscbr0/hosts/{vm['id']}").exists()
+
+
 OTHERS = {
     "Docker (nft table ip filter)": (
         """table ip filter {

@@ -124,8 +124,9 @@ class Supervisor:
         return self.get(vm)
 
     async def bring_up_network(self, vm: VmRecord) -> None:
-        """Have the vm's bridge and the firewall in place."""
+        """Have the vm's bridge and the firewall in place, and the vm known to both."""
         await self._networks.ensure_up(await self._network_of(vm))
+        await self._networks.admit(vm)
 
     async def spawn(
         self,

@@ -321,6 +321,10 @@ class VmSteps:
         """Keep a vm whose guest would not stop; one whose files are going stays DELETING."""
         if job.step == 0:
             await self.undo_stop(job, error)
+            vm = await self._states.find(job.vm_id)
+            if vm is not None and vm.state != VmState.DELETING:
+                # Whoever looked meanwhile took it for gone: the firewall, the names.
+                await self.network(job)
 
     async def undo_attach(self, job: Job, _error: BaseException) -> None:
         """Take the disk from the vm again; one that its guest does not give back stays its."""
