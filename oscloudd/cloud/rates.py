@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from oscloudd.cloud.table_keeping import keep_table
+from oscloudd.errors import HostError
 from oscloudd.host.network.links import numbers_in_use
 from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.rates import TABLE, apply_rates
@@ -30,10 +32,16 @@ class Rates:
         """Make the limits of the taps there are like the rows; may be called at any time."""
         async with self._applying:
             rates = await self._database.run_when_available(_read_rates)
-            there = numbers_in_use("osctap")
-            self._applied = {f"osctap{tap}": rate for tap, rate in rates if tap in there}
-            with self._changes.own_change():
-                await apply_rates(self._applied)
+            while True:
+                self._applied = _limit_taps(rates)
+                try:
+                    with self._changes.own_change():
+                        await apply_rates(self._applied)
+                    return
+                except HostError:
+                    # nft refuses all of it for one tap that has gone since it was looked for.
+                    if _limit_taps(rates) == self._applied:
+                        raise
 
     async def keep(self) -> None:
         """Put the limits back whenever somebody else has changed them, until cancelled."""
@@ -43,6 +51,12 @@ class Rates:
         if self._applied:
             _log.warning("the limits of guests' bandwidth were taken away: put back")
             await self.sync()
+
+
+def _limit_taps(rates: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Give the limits of those taps that are there."""
+    there = numbers_in_use("osctap")
+    return {f"osctap{tap}": rate for tap, rate in rates if tap in there}
 
 
 def _read_rates() -> list[tuple[int, int]]:
