@@ -153,8 +153,9 @@ class Names:
             if not told:
                 message = f"the name server of {server.bridge} is started again: {why}"
                 _log.warning("%s", message)
-                await self._events.warn(server.bridge, message)
-                told = True
+                with suppress(CloudError):  # the database is away: then the next time
+                    await self._events.warn(server.bridge, message)
+                    told = True
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from oscloudd.errors import HostError
 from oscloudd.host.activation import is_service
 from oscloudd.host.commands import run
 from oscloudd.host.network.interfaces import check_interface_name
@@ -54,9 +55,12 @@ def is_installed() -> bool:
 
 async def start_name_server(server: NameServer) -> None:
     """Start it; it has its port when this comes back. Raises HostError."""
-    server.hosts.mkdir(parents=True, exist_ok=True)
-    for directory in (server.directory.parent, server.directory, server.hosts):
-        directory.chmod(0o755)  # no secret, and to be read without our rights
+    try:
+        server.hosts.mkdir(parents=True, exist_ok=True)
+        for directory in (server.directory.parent, server.directory, server.hosts):
+            directory.chmod(0o755)  # no secret, and to be read without our rights
+    except OSError as error:
+        raise HostError(f"{server.hosts} can't be made: {error.strerror}") from error
     argv = build_name_server(server, _user())
     await run(build_names_service(argv, server) if is_service() else argv)
 
