@@ -18,6 +18,8 @@ from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.leftovers import Leftovers
+from oscloudd.cloud.names import Names
+from oscloudd.cloud.networks import Networks
 from oscloudd.config import Config
 from oscloudd.errors import UnavailableError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
@@ -44,7 +46,9 @@ class Place:
         self.database = Database(root / "state" / "oscloud.db")
         self.events = Events(self.database, Changes())
         self.firewall = Firewall(self.database, self.events)
-        self.leftovers = Leftovers(self.config, self.database, self.firewall, self.events)
+        names = Names(self.config, self.database, self.events)
+        networks = Networks(self.config, self.database, self.firewall, names)
+        self.leftovers = Leftovers(self.config, self.database, networks, self.firewall, self.events)
 
     async def fill(self) -> None:
         def fill() -> None:
@@ -244,6 +248,33 @@ async def test_neighbours_of_nobody_are_forgotten_on_our_bridges_only(place: Pla
     }
     assert "10.0.0.9" not in ip("neighbour show dev oscbr0")
     assert await place.warnings() == ["neighbours"]
+
+
+def test_a_bridge_that_another_network_has_by_then_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @on_a_host_of_its_own
+    async def scenario(place: Place) -> None:
+        real = module.remove_traces
+
+        async def make_a_network(traces: traces.Traces) -> list[str]:
+            await place.database.run(
+                lambda: Network.create(
+                    name="lab", ip="10.5.0.0", mask=16, bridge_interface_idx=5, created_at=0.0
+                )
+            )
+            return await real(traces)
+
+        for number in (5, 6):
+            await ensure_bridge(Bridge(f"oscbr{number}", IPv4Address(f"10.{number}.0.1"), 16))
+        place.make("state/disks/1")  # what is removed first
+        monkeypatch.setattr(module, "remove_traces", make_a_network)
+        await place.leftovers.sweep()
+        assert "oscbr5" in ip("link")
+        assert "oscbr6" not in ip("link")
+        assert await place.warnings() == ["disk 1", "bridges"]
+
+    scenario(tmp_path)
 
 
 @on_a_host_of_its_own

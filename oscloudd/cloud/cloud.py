@@ -103,7 +103,7 @@ class Cloud:
         self.templates = Templates(config, database, self.jobs)
         self.disks = Disks(config, database, self.templates, self.jobs)
         data_disks = DataDisks(config, database, self.templates)
-        self._leftovers = Leftovers(config, database, self._firewall, self.events)
+        self._leftovers = Leftovers(config, database, self.networks, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,

@@ -16,10 +16,10 @@ from ipaddress import IPv4Address
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.given_ids import GivenIds, read_given_ids, set_aside
+from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
-from oscloudd.host.network.bridges import remove_bridge
 from oscloudd.host.network.links import (
     Tap,
     find_tap_holders,
@@ -70,10 +70,16 @@ class Leftovers:
     """Sweeps them out; remembers what it has told of."""
 
     def __init__(
-        self, config: Config, database: Database, firewall: Firewall, events: Events
+        self,
+        config: Config,
+        database: Database,
+        networks: Networks,
+        firewall: Firewall,
+        events: Events,
     ) -> None:
         self._config = config
         self._database = database
+        self._networks = networks
         self._firewall = firewall
         self._events = events
         self._told: set[Stranger] = set()
@@ -170,11 +176,10 @@ class Leftovers:
             )
 
     async def _remove_bridges(self, bridges: list[str]) -> None:
-        for name in bridges:
-            await remove_bridge(name)
-        if bridges:
+        removed = await self._networks.remove_gone(bridges)
+        if removed:
             await self._warn(
-                "bridges", f"bridges of ours that no network has are removed: {', '.join(bridges)}"
+                "bridges", f"bridges of ours that no network has are removed: {', '.join(removed)}"
             )
 
     async def _forget_networks(self) -> None:

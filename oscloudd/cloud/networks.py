@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
@@ -194,6 +194,17 @@ class Networks:
                 self._known_up.remove(network.id)
                 await self._firewall.apply()
             return network
+
+    async def remove_gone(self, bridges: Sequence[str]) -> Sequence[str]:
+        """Remove those of these bridges that no network has; give which."""
+        # None of them can come up meanwhile, for a network that has just been made.
+        async with self._host:
+            rows = Network.select(Network.bridge_interface_idx)
+            indices = await self._database.run(lambda: [index for (index,) in rows.tuples()])
+            gone = sorted(set(bridges) - {f"oscbr{index}" for index in indices})
+            for bridge in gone:
+                await remove_bridge(bridge)
+            return gone
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
         """Give the name servers its guests are told; isolated ones reach none but their own."""
