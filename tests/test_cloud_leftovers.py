@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_host_network_kernel import in_namespace, ip
 
+from oscloudd.cloud import firewall, traces
 from oscloudd.cloud import leftovers as module
-from oscloudd.cloud import traces
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
@@ -273,6 +273,28 @@ def test_a_bridge_that_another_network_has_by_then_stays(
         assert "oscbr5" in ip("link")
         assert "oscbr6" not in ip("link")
         assert await place.warnings() == ["disk 1", "bridges"]
+
+    scenario(tmp_path)
+
+
+def test_rules_of_a_network_that_is_being_made_are_no_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @on_a_host_of_its_own
+    async def scenario(place: Place) -> None:
+        async def find_after_it_came_up() -> set[str]:
+            await place.database.run(
+                lambda: Network.create(
+                    name="lab", ip="10.5.0.0", mask=16, bridge_interface_idx=5, created_at=0.0
+                )
+            )
+            await place.firewall.apply()
+            return await find_ruleset_bridges()
+
+        monkeypatch.setattr(firewall, "find_ruleset_bridges", find_after_it_came_up)
+        await place.leftovers.sweep()
+        assert await place.warnings() == []
+        assert await find_ruleset_bridges() == {"oscbr0", "oscbr5"}
 
     scenario(tmp_path)
 

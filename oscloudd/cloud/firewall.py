@@ -76,8 +76,10 @@ class Firewall:
 
     async def forget_gone(self) -> list[str]:
         """Take networks that have no row out of the tables, and give their bridges."""
+        # The rules first: what has them before its row is read, and has no row, is gone.
+        present = await find_ruleset_bridges()
         networks, _ = await self._database.run(_read_all)
-        gone = await find_ruleset_bridges() - {network.bridge for network in networks}
+        gone = present - {network.bridge for network in networks}
         if gone:
             await self.apply()
         return sorted(gone)
