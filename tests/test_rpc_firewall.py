@@ -103,6 +103,17 @@ def test_a_vm_whose_deletion_is_given_up_may_send_and_has_its_name(box: Box) -> 
     assert (box.root / f"run/names/oscbr0/hosts/{vm['id']}").exists()
 
 
+def test_a_guest_whose_bridge_somebody_has_removed_is_on_it_again(box: Box) -> None:
+    web = box.create("web")
+    box.end(signal.SIGKILL)
+    subprocess.run(["ip", "-n", box.namespace, "link", "delete", "oscbr0"], check=True)
+    box.start()
+    box.wait("web", "running")
+    assert box.call("vm_info", vm="web")["pid"] == web["pid"]
+    box.until(lambda: ports_of(box) == {"osctap0": web["mac"]}, "its bridge port")
+    assert box.call("vm_info", vm="web")["state"] == "RUNNING"
+
+
 OTHERS = {
     "Docker (nft table ip filter)": (
         """table ip filter {

@@ -372,6 +372,7 @@ class Supervisor:
         # The bridge and its rules first: the guest has been using them all the while.
         await self._networks.ensure_up(await self._network_of(vm), checked_within_seconds=5.0)
         await self._networks.admit(vm)
+        join_tap(vm.tap, vm.bridge)
         guard_port(vm.tap, vm.mac)
         status = await held.qemu.status(timeout_seconds=ADOPTION_SECONDS)
         if see:

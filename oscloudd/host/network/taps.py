@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import struct
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def open_tap(name: str, bridge: str | None) -> int:
 
 
 def join_tap(name: str, bridge: str) -> None:
-    """Make a tap that is there a port of `bridge`; raises NotFoundError or HostError."""
+    """Make a tap that is there a port of `bridge`; may be called again.
+
+    Raises NotFoundError or HostError.
+    """
     _connect(name, bridge)
 
 
@@ -83,7 +87,7 @@ def _connect(name: str, bridge: str | None) -> None:
     with open_control_socket() as control:
         try:
             if bridge is not None:
-                join_bridge(control, bridge, name)
+                _join(control, bridge, name)
             set_up(control, name)
         except OSError as error:
             if error.errno == errno.ENODEV:
@@ -93,3 +97,11 @@ def _connect(name: str, bridge: str | None) -> None:
                 raise HostError(f"bridge {bridge} has no port left for tap {name}") from error
             why = error.strerror or error
             raise HostError(f"tap {name} can't join bridge {bridge}: {why}") from error
+
+
+def _join(control: socket.socket, bridge: str, name: str) -> None:
+    try:
+        join_bridge(control, bridge, name)
+    except OSError as error:
+        if error.errno != errno.EBUSY:  # it is a port already
+            raise
