@@ -18,12 +18,20 @@ import pytest
 from frames import BROADCAST, NOBODY_MAC, UDP, Pair, ethernet, grace, harm, ip4
 from test_host_network_kernel import in_namespace, ip
 
-from oscloudd.errors import NotFoundError
+from oscloudd.errors import HostError, NotFoundError
+from oscloudd.host.network import firewall
 from oscloudd.host.network.bridge_ports import guard_port
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import apply_ruleset, ensure_forwarding
+from oscloudd.host.network.firewall import apply_ruleset, check_ruleset, ensure_forwarding
 from oscloudd.host.network.nft_events import TableEvents
-from oscloudd.host.network.ruleset import TABLE, GuestNetwork, GuestPort, build_elements
+from oscloudd.host.network.ruleset import (
+    FAMILIES,
+    TABLE,
+    GuestNetwork,
+    GuestPort,
+    build_elements,
+    build_ruleset,
+)
 from oscloudd.host.network.set_elements import add_elements, delete_elements
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
@@ -465,6 +473,24 @@ def test_rules_do_not_become_more_with_networks_and_guests() -> None:
         apply(networks, ports)
         counts.add(count_rules())
     assert len(counts) == 1
+
+
+def test_what_a_host_lacks_is_found_and_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    @in_namespace
+    def check() -> None:
+        apply(NETWORKS)
+        before = subprocess.check_output(["nft", "list", "ruleset"])
+        asyncio.run(check_ruleset())
+        for family in FAMILIES:
+            # No kernel has this chain.
+            chain = f"add chain {family} {TABLE} x {{ type nat hook forward priority 0; }}\n"
+            text = build_ruleset([], []) + chain
+            monkeypatch.setattr(firewall, "build_ruleset", lambda *_, text=text: text)
+            with pytest.raises(HostError, match="nft"):
+                asyncio.run(check_ruleset())
+        assert subprocess.check_output(["nft", "list", "ruleset"]) == before
+
+    check()
 
 
 @in_namespace

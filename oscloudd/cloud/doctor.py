@@ -12,8 +12,7 @@ from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.templates import Templates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
-from oscloudd.host.commands import run
-from oscloudd.host.network.firewall import find_missing_tables, is_forwarding
+from oscloudd.host.network.firewall import check_ruleset, find_missing_tables, is_forwarding
 from oscloudd.host.network.other_firewalls import find_obstacles
 from oscloudd.host.resources import disk_free_bytes, memory_available_bytes, qemu_version
 from oscloudd.host.scopes import SLICE, find_missing_controllers
@@ -125,7 +124,7 @@ class Doctor:
 
     async def _look_at_network(self) -> tuple[Verdict, str, str]:
         networks = await self._networks.list()
-        await run(["nft", "--check", "-f", "-"], input_text="add table inet oscloud_check\n")
+        await check_ruleset()
         wanted = self._config.network.subnet
         for network in networks:
             if network.name == "default" and network.subnet != wanted:

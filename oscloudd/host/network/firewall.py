@@ -30,6 +30,14 @@ async def apply_ruleset(networks: Sequence[GuestNetwork], ports: Sequence[GuestP
     await run(["nft", "-f", "-"], input_text=build_ruleset(networks, ports))
 
 
+async def check_ruleset() -> None:
+    """Have nft and the kernel judge our tables, without any guest, and change nothing.
+
+    Raises HostError where one of them lacks what the tables need.
+    """
+    await run(["nft", "--check", "-f", "-"], input_text=build_ruleset([], []))
+
+
 async def remove_ruleset() -> None:
     """Take our tables away; nothing happens when there are none."""
     await run(["nft", "-f", "-"], input_text=build_removal())
