@@ -108,21 +108,36 @@ def test_a_port_that_the_host_does_not_forward_is_not_kept(
 def test_what_was_added_since_a_vm_was_looked_at_goes_with_it(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fails = False
     applied: list[int] = []
 
     async def apply(forwards: list[Any], _bridges: list[str]) -> None:
         applied.append(len(forwards))
+        if fails:
+            raise HostError("nft failed")
 
     async def scenario() -> None:
+        nonlocal fails
         noun = Ports(database, Changes())
+        await noun.sync()
         seen = await database.run(lambda: read_vm("web"))
         await noun.forget(seen)
+        assert applied == [0]  # a vm without any is no reason to write the rules
         await noun.add("web", SPEC)
-        await noun.forget(seen)
+        fails = True
+        with pytest.raises(HostError, match="nft failed"):
+            await noun.forget(seen)
         assert await database.run(lambda: Port.select().count()) == 0
         assert noun.host_ports() == set()
+        fails = False
+        # The kernel still leads to an address that is another's next.
+        await noun.forget(seen)
+        assert applied == [0, 1, 0, 0]
         await noun.close()
+        another_daemons = Ports(database, Changes())
+        await another_daemons.forget(seen)
+        assert applied == [0, 1, 0, 0, 0]
+        await another_daemons.close()
 
     monkeypatch.setattr(ports, "apply_forwards", apply)
     asyncio.run(scenario())
-    assert applied == [1, 0]  # a vm without any is no reason to write the rules

@@ -55,6 +55,8 @@ class Ports:
         self._reserving = asyncio.Lock()
         self._applying = asyncio.Lock()
         self._rules = TableEvents(TABLE.split()[1])
+        # Whether the kernel may forward what no row says: as an earlier daemon has left it.
+        self._is_behind = True
 
     def host_ports(self) -> set[int]:
         """Give the ports that no serial line may have."""
@@ -82,9 +84,11 @@ class Ports:
     async def sync(self) -> None:
         """Make the host's rules like the rows; may be called at any time."""
         async with self._applying:
+            self._is_behind = True
             forwards, bridges = await self._database.run_when_available(_read_forwards)
             with self._rules.own_change():
                 await apply_forwards(forwards, bridges)
+            self._is_behind = False
 
     async def keep(self) -> None:
         """Put the rules back whenever somebody else has changed them, until cancelled."""
@@ -162,6 +166,7 @@ class Ports:
             self._changes.announce()
             # Before the rules go: a loss of what nobody wants any more is none.
             self._let_go([_host_port(info) for info in infos])
+        if infos or self._is_behind:
             await self.sync()
         return infos
 
