@@ -63,7 +63,7 @@ def network_info(
 )  # fmt: skip
 @click.option(
     "--dns", multiple=True, metavar="ADDRESS",
-    help="A name server for its vms; several times for several.  [default: the host's]",
+    help="A name server for its vms; several times for several.  [default: the network's own]",
 )  # fmt: skip
 @output_options
 @socket_option
