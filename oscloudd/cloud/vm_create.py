@@ -219,6 +219,12 @@ class VmCreator:
         await job.passed(running + 1)
 
     def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
+        if template.declaration.source.kind == "vm":
+            raise InvalidArgumentError(
+                f"template {request.image} has no image: it is what imported vms boot with",
+                hint="choose another: oscloudctl template-list",
+                parameter="image",
+            )
         _check_suits(request, template.declaration)
         if template.is_uefi:
             check_uefi()
@@ -404,12 +410,6 @@ def _insert_job(
 
 def _check_suits(request: VmRequest, declaration: Declaration) -> None:
     """Say what a template's declaration has against a vm."""
-    if declaration.source.kind == "vm":
-        raise InvalidArgumentError(
-            f"template {request.image} has no image: it is what imported vms boot with",
-            hint="choose another: oscloudctl template-list",
-            parameter="image",
-        )
     if request.mem_size < declaration.min_mem_bytes:
         raise InvalidArgumentError(
             f"mem_size {request.mem_size} is too small for {request.image}",
