@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
-from oscloudd.cloud.disk_chain import disk_chain
+from oscloudd.cloud.disk_chain import check_chain, disk_chain
 from oscloudd.cloud.disk_records import DiskRecord, check_is_made, read_disk
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.layers import read_chain
@@ -81,6 +81,7 @@ class Flattener:
         template = None if disk.template is None else self._templates.get_ready(disk.template)
         layers = await self._database.run(lambda: read_chain(disk.layer_id))
         chain = disk_chain(self._config, disk, template, layers)
+        await asyncio.to_thread(check_chain, chain, template)
         job.report("flattening", disk.name)
         await self._check_room(chain, directory)
         await flatten(

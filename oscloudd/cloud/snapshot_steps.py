@@ -18,6 +18,7 @@ from oscloudd.cloud.layers import (
     forget_layers,
     layer_disk,
     layer_memory,
+    read_chain,
     remove_layers,
 )
 from oscloudd.cloud.states import LIVE_STATES, VmState, WantedState
@@ -42,6 +43,7 @@ class SnapshotSteps(VmSteps):
     async def freezing(self, job: Job) -> None:
         """Give the disk's file its second name, and make the overlay that is to take the first."""
         vm, layer_id = await self._get(job), job.params["layer"]
+        await self._disks.check(vm, await self._states.look(lambda: read_chain(vm.layer_id)))
         await asyncio.to_thread(_link, self._paths(vm).disk, layer_disk(self._config, layer_id))
         await self._make_next(vm, layer_id, vm.disk_size)
 
