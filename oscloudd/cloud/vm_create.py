@@ -273,7 +273,12 @@ class VmCreator:
     async def check_can_clone(self, request: VmRequest) -> None:
         """Say what stands against a vm before anything is done to its original."""
         _check_suits(request, self._templates.get_ready(request.image).declaration)
-        await self._database.run(lambda: self._check_can_reserve(request))
+
+        def check() -> None:
+            network = self._check_can_reserve(request)
+            allocate(network, request.ip, None, self._ports.host_ports())
+
+        await self._database.run(check)
 
     def _check_can_reserve(self, request: VmRequest) -> NetworkRecord:
         """Say in a transaction what stands against a vm; give the network it is to be in."""
