@@ -314,3 +314,22 @@ def test_an_older_copy_of_the_database_mixes_no_two_disks(box: Box) -> None:
     put_back(box, "newer.db")
     box.start()
     assert box.call("vm_start", vm="web")["state"] == "RUNNING"
+
+
+def test_memory_that_can_not_be_put_in_place_leaves_the_disk_restored(box: Box) -> None:
+    vm = settled(box, "web")
+    box.call("snapshot_create", vm="web", name="a", memory=True)
+    before = written(box)
+    box.call("snapshot_create", vm="web", name="b")
+    state = box.root / "state/layers/1/memory/state"
+    state.rename(box.root / "kept")
+    error = refused(box, "snapshot_restore", vm="web", snapshot="a", force=True)
+    assert error.kind == "host_failure"
+    seen = box.call("vm_info", vm="web")
+    assert (seen["state"], seen["pid"]) == ("ERROR", None)
+    assert current(box) == ["a"]
+    (box.root / "kept").rename(state)
+    assert box.call("vm_start", vm="web")["started"] == "cold"
+    assert written(box) == before
+    check_accounted(box)
+    assert vm["disk"] == box.call("vm_info", vm="web")["disk"]
