@@ -12,6 +12,7 @@ from daemon_zygote import ZygoteBox
 from dying_daemon import Death
 from test_kill_matrix import ask_to_die, count_deaths, wait_for_death
 
+from oscloudd.cloud.operations import OPERATIONS
 from oscloudd.host.images import virtual_size_bytes
 
 NAME = "data"
@@ -70,3 +71,21 @@ def test_killed_while_deleting(box: ZygoteBox, when: str) -> None:
         return died
 
     assert count_deaths(kill_at) > 0
+
+
+def test_no_layer_has_a_row_and_no_file(box: ZygoteBox) -> None:
+    vm = box.create("web")
+    told = "SELECT 1 FROM vm WHERE identified AND seed_document = ''"
+    box.until(lambda: bool(box.rows(told)), "the guest's disk to know who it is")
+    box.call("snapshot_create", vm="web", name="a")
+    files = [step.name for step in OPERATIONS["vm_delete"].steps].index("files") + 1
+    death = Death("step", files, "before", "vm_delete")
+    _question, died = ask_to_die(box, death, "vm_delete", vm=vm["id"], force=True)
+    assert died
+    wait_for_death(box)
+    # A clone may be made of what has a row.
+    assert not list(box.root.glob("state/layers/*"))
+    assert box.rows("SELECT id FROM layer") == []
+    box.start()
+    settle(box)
+    check_accounted(box)

@@ -74,8 +74,20 @@ def test_clones_of_a_snapshot_and_of_a_vm_that_is_off_add_no_layers(box: Box) ->
     check_accounted(box)
 
 
+def test_a_clone_is_as_large_as_its_original_is_by_now(box: Box) -> None:
+    web = settled(box, "web")
+    box.call("vm_stop", vm="web", force=True)
+    box.call("snapshot_create", vm="web", name="a")
+    box.call("disk_resize", disk=web["disk"], size="64M")
+    assert clone(box, "copy")["disk_size"] == 64 << 20
+    assert refused(box, "vm_clone", vm="web", name="more", disk_size="32M").kind == (
+        "invalid_argument"
+    )
+    assert clone(box, "then", snapshot="a")["disk_size"] == web["disk_size"]
+
+
 def test_what_can_not_be_cloned(box: Box) -> None:
-    settled(box, "web")
+    web = settled(box, "web")
     for params, kind in (
         ({"name": "web"}, "already_exists"),
         ({"name": "copy", "snapshot": "nope"}, "not_found"),
@@ -88,6 +100,7 @@ def test_what_can_not_be_cloned(box: Box) -> None:
     ):
         assert refused(box, "vm_clone", vm="web", **params).kind == kind, params
     assert [vm["name"] for vm in box.call("vm_list")] == ["web"]
+    assert layers_of(box, web) == 0
     box.call("vm_suspend", vm="web")
     error = refused(box, "vm_clone", vm="web", name="copy")
     assert (error.kind, "vm-resume web" in error.data["hint"]) == ("invalid_state", True)

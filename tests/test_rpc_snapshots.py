@@ -7,6 +7,7 @@ from typing import Any
 
 from cloud_accounts import check_accounted
 from daemon_process import Box
+from test_rpc_leftovers import put_back, save
 from test_rpc_suspend import create, refused, remembered
 
 from oscloudd.cloud.layers import MAX_LAYERS
@@ -285,3 +286,50 @@ def test_a_guest_that_can_not_be_saved_goes_on(box: Box) -> None:
     run_again(box, vm["name"])
     assert written(box, vm["name"]) == before + 2
     check_accounted(box)
+
+
+def test_an_older_copy_of_the_database_mixes_no_two_disks(box: Box) -> None:
+    vm = settled(box, "web")
+    box.call("vm_stop", vm="web", force=True)
+    box.end()
+    save(box, "older.db")
+    box.start()
+    box.call("snapshot_create", vm="web", name="a")
+    box.end()
+    save(box, "newer.db")
+    put_back(box, "older.db")
+    box.start()
+    before = (box.root / f"state/disks/{vm['disk']}/disk.qcow2").read_bytes()
+    for method, params in (
+        ("snapshot_create", {"vm": "web", "name": "b"}),
+        ("disk_export", {"disk": vm["disk"]}),
+        ("vm_start", {"vm": "web"}),
+    ):
+        error = refused(box, method, **params)
+        assert error.kind == "host_failure"
+        assert "stands on layers/1/disk.qcow2" in error.message
+        assert "older copy of the database" in error.data["hint"]
+    assert (box.root / f"state/disks/{vm['disk']}/disk.qcow2").read_bytes() == before
+    box.end()
+    put_back(box, "newer.db")
+    box.start()
+    assert box.call("vm_start", vm="web")["state"] == "RUNNING"
+
+
+def test_memory_that_can_not_be_put_in_place_leaves_the_disk_restored(box: Box) -> None:
+    vm = settled(box, "web")
+    box.call("snapshot_create", vm="web", name="a", memory=True)
+    before = written(box)
+    box.call("snapshot_create", vm="web", name="b")
+    state = box.root / "state/layers/1/memory/state"
+    state.rename(box.root / "kept")
+    error = refused(box, "snapshot_restore", vm="web", snapshot="a", force=True)
+    assert error.kind == "host_failure"
+    seen = box.call("vm_info", vm="web")
+    assert (seen["state"], seen["pid"]) == ("ERROR", None)
+    assert current(box) == ["a"]
+    (box.root / "kept").rename(state)
+    assert box.call("vm_start", vm="web")["started"] == "cold"
+    assert written(box) == before
+    check_accounted(box)
+    assert vm["disk"] == box.call("vm_info", vm="web")["disk"]

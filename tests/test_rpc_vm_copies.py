@@ -385,3 +385,22 @@ def test_what_does_not_come_to_its_end_leaves_nothing(box: Box, archive: bytes) 
     box.until(lambda: box.call("vm_list") == [], "the vm's end")
     assert box.traces() == {}
     assert take(box, content)["name"] == "web"
+
+
+def test_a_disk_that_was_made_larger_while_it_was_off_is_as_large(box: Box) -> None:
+    vm = stopped(box)
+    box.call("disk_resize", disk=vm["disk"], size="64M")
+    raw, _answer = export(box, "disk_export", disk=vm["disk"], format="raw")
+    assert len(raw) == 64 << 20
+    content, _answer = export(box, "vm_export", vm="web")
+    box.call("vm_delete", vm="web")
+    taken = take(box, build(without_kernel(content)))
+    assert taken["disk_size"] == 64 << 20
+
+
+def test_a_vm_that_was_imported_can_be_copied(box: Box, archive: bytes) -> None:
+    web = take(box, archive)
+    copy = box.call("vm_clone", vm="web", name="copy", wait="started")
+    assert (copy["os"], copy["disk_size"]) == (web["os"], web["disk_size"])
+    assert box.call("disk_info", disk=copy["disk"])["layers"] == 1
+    assert box.call("vm_start", vm="web")["state"] == "RUNNING"

@@ -1,11 +1,13 @@
-"""The disks of a machine that runs or is about to: those its vm has, plugged in, and grown.
+"""The disks of a machine that runs or is about to: judged, plugged in, and grown.
 
 A disk that was made larger has the new size in its row at once, and in its file as soon as a qemu
 has it: no tool of ours opens an image that a guest has written to.
 """
 
 import asyncio
+from collections.abc import Iterable
 
+from oscloudd.cloud.disk_chain import check_chain, disk_chain
 from oscloudd.cloud.disk_records import DiskRecord, read_disks
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import disk_file
@@ -40,7 +42,14 @@ class DataDisks:
     async def plug(self, vm_id: int, qemu: Qemu) -> None:
         """Plug in what is not yet; raises HostError or InvalidStateError."""
         for disk in await self._database.run(lambda: read_disks(Disk.vm_id == vm_id)):
+            await self.check(disk, [])
             await plug_disk(qemu, self._data_disk(disk))
+
+    async def check(self, disk: DiskRecord | VmRecord, layer_ids: Iterable[int]) -> None:
+        """Raise HostError unless a disk, or a vm's root disk, stands on these layers."""
+        template = None if disk.template is None else self._templates.get_ready(disk.template)
+        chain = disk_chain(self._config, disk, template, layer_ids)
+        await asyncio.to_thread(check_chain, chain, template)
 
     async def measure(self, disk_id: int) -> int:
         """Give how large the file of a disk says that it is, in bytes; raises HostError."""

@@ -1,10 +1,11 @@
 """Disks at rest, made one image each: what exporting and publishing have in common."""
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
-from oscloudd.cloud.disk_chain import disk_chain
+from oscloudd.cloud.disk_chain import check_chain, disk_chain
 from oscloudd.cloud.disk_records import DiskRecord, check_is_made, read_disk
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.layers import read_chain
@@ -14,8 +15,9 @@ from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.config import Config
 from oscloudd.errors import ExhaustedError, InvalidStateError
-from oscloudd.host.flatten import Layer, flatten, measure
+from oscloudd.host.flatten import Layer, enlarge, flatten, measure
 from oscloudd.host.image_check import ImageFormat
+from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.host.users import resolve_qemu_user
 from oscloudd.store.database import Database
@@ -79,6 +81,7 @@ class Flattener:
         template = None if disk.template is None else self._templates.get_ready(disk.template)
         layers = await self._database.run(lambda: read_chain(disk.layer_id))
         chain = disk_chain(self._config, disk, template, layers)
+        await asyncio.to_thread(check_chain, chain, template)
         job.report("flattening", disk.name)
         await self._check_room(chain, directory)
         await flatten(
@@ -88,6 +91,10 @@ class Flattener:
             self.user,
             on_fraction=lambda done: job.report("flattening", disk.name, done),
         )
+        top = chain[0]
+        # One that was made larger has its new size in its file when a machine has had it.
+        if await asyncio.to_thread(virtual_size_bytes, top.path, top.format) < disk.size:
+            await enlarge(target, image_format, disk.size, self.user)
 
     async def _check_room(self, chain: Sequence[Layer], directory: Path) -> None:
         least = self._config.limits.min_free_disk_bytes()

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from oscloudd.cloud.vm_paths import layers_directory
-from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
 from oscloudd.store.models import Disk, Layer, Snapshot
 
@@ -44,14 +43,10 @@ def read_chain(layer_id: int | None) -> list[int]:
     return _follow(layer_id, _read_parents()) if layer_id is not None else []
 
 
-def find_unneeded_layers(*, without_vm: VmRecord | None = None) -> list[int]:
-    """Give the layers that nothing stands on, or nothing would without this vm; children first."""
+def find_unneeded_layers() -> list[int]:
+    """Give the layers that nothing stands on; children first."""
     disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
     snapshots = Snapshot.select(Snapshot.layer)
-    if without_vm is not None and not without_vm.is_disk_kept:
-        disks = disks.where(Disk.id != without_vm.disk_id)
-    if without_vm is not None:
-        snapshots = snapshots.where(Snapshot.vm != without_vm.id)
     parents = _read_parents()
     needed: set[int] = set()
     for (top,) in [*disks.tuples(), *snapshots.tuples()]:

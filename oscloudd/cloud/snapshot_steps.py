@@ -18,6 +18,7 @@ from oscloudd.cloud.layers import (
     forget_layers,
     layer_disk,
     layer_memory,
+    read_chain,
     remove_layers,
 )
 from oscloudd.cloud.states import LIVE_STATES, VmState, WantedState
@@ -42,6 +43,7 @@ class SnapshotSteps(VmSteps):
     async def freezing(self, job: Job) -> None:
         """Give the disk's file its second name, and make the overlay that is to take the first."""
         vm, layer_id = await self._get(job), job.params["layer"]
+        await self._disks.check(vm, await self._states.look(lambda: read_chain(vm.layer_id)))
         await asyncio.to_thread(_link, self._paths(vm).disk, layer_disk(self._config, layer_id))
         await self._make_next(vm, layer_id, vm.disk_size)
 
@@ -166,23 +168,29 @@ class SnapshotSteps(VmSteps):
         if job.params["resumes"]:
             saved = SuspendedFiles(layer_memory(self._config, layer_id))
             await asyncio.to_thread(SuspendedFiles(paths.suspended).take, saved)
-        freed = await self._states.change(lambda: _record_restored(vm, job))
-        await asyncio.to_thread(remove_layers, self._config, freed)
+        await self._record_restored(vm, job)
 
     async def undo_restore(self, job: Job, error: BaseException) -> None:
-        """Keep the disk there was, before it was given up; then the vm is down, with the other."""
+        """Keep the disk there was, before it was given up; then the vm is down, with the other.
+
+        What could not be put in its place is the memory then, and its next start is a cold one.
+        """
         vm = await self._states.find(job.vm_id)
         if vm is None:
             return
         if job.step > _SWAPPED:
             await self.undo_start(job, error)
         elif job.step == _SWAPPED and not self._paths(vm).next_disk.exists():
-            await self.swapping(job)
+            await self._record_restored(vm, job)
             await self.undo_start(job, error)
         else:
             await asyncio.to_thread(self._paths(vm).next_disk.unlink, missing_ok=True)
             if job.params["stops"]:
                 await self.undo_stop(job, error)
+
+    async def _record_restored(self, vm: VmRecord, job: Job) -> None:
+        freed = await self._states.change(lambda: _record_restored(vm, job))
+        await asyncio.to_thread(remove_layers, self._config, freed)
 
     # Deleting
 

@@ -19,7 +19,8 @@ from oscloudd.cloud.boot import Boot
 from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
-from oscloudd.cloud.layers import layer_disk, read_chain
+from oscloudd.cloud.layers import read_chain
+from oscloudd.cloud.machine_files import machine_files
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.start_slots import StartSlots
@@ -30,10 +31,9 @@ from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.cloud.vm_states import VmStates, write_state
-from oscloudd.cloud.warm_files import WarmStart, frozen_disk
+from oscloudd.cloud.warm_files import WarmStart
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
-from oscloudd.host.firmware import UEFI_CODE
 from oscloudd.host.network.bridge_ports import guard_port
 from oscloudd.host.network.taps import join_tap, open_tap
 from oscloudd.host.processes import find_processes_in
@@ -43,7 +43,7 @@ from oscloudd.machine.accelerator import Accelerator
 from oscloudd.machine.arguments import MachineSpec
 from oscloudd.machine.console_log import read_log_tail
 from oscloudd.machine.ending import Ending, EndingKind
-from oscloudd.machine.launch import MachineFiles, launch
+from oscloudd.machine.launch import launch
 from oscloudd.machine.qemu import Qemu, adopt
 from oscloudd.machine.run_directory import RunDirectory
 from oscloudd.machine.suspend import restore_whole, transfer_seconds
@@ -153,7 +153,9 @@ class Supervisor:
                 incoming=warm is not None or saved is not None,
                 memory_object=saved is not None and saved.has_memory_object,
             )
-            files = await self._files(vm, template, warm)
+            look = self._states.look
+            layers = await look(lambda: read_chain(vm.layer_id)) if vm.layer_id else []
+            files = await asyncio.to_thread(machine_files, self._config, vm, template, layers, warm)
             held = Held(vm.id)
             held.timings = timings
             on_event = self._on_event(held)
@@ -433,28 +435,6 @@ class Supervisor:
 
     async def _network_of(self, vm: VmRecord) -> NetworkRecord:
         return await self._database.run_when_available(lambda: read_network(vm.network_id))
-
-    async def _files(
-        self, vm: VmRecord, template: ReadyTemplate, warm: WarmStart | None
-    ) -> MachineFiles:
-        paths = vm_paths(self._config, vm.id, vm.disk_id)
-        paths.run_directory.mkdir(parents=True, exist_ok=True)
-        chain = await self._states.look(lambda: read_chain(vm.layer_id)) if vm.layer_id else []
-        return MachineFiles(
-            run_directory=paths.run_directory,
-            qemu_log=paths.qemu_log,
-            console_log=paths.console_log,
-            disk=paths.disk,
-            base=template.image,
-            frozen=None if vm.warm_image is None else frozen_disk(self._config, vm.warm_image),
-            layers=tuple(layer_disk(self._config, each) for each in reversed(chain)),
-            memory=None if warm is None else warm.memory,
-            seed=paths.seed if paths.seed.exists() else None,
-            kernel=template.kernel,
-            initrd=template.initrd,
-            firmware=UEFI_CODE if template.is_uefi else None,
-            variables=paths.variables if template.is_uefi else None,
-        )
 
 
 def scope_of(vm: VmRecord) -> VmScope:

@@ -42,17 +42,26 @@ class VmCloner:
         """
         source = await self._database.run(lambda: read_vm(key))
         asked = _as_request(source, request)
+        # Whatever is refused is refused before the disk is frozen, which adds a layer to it.
         await self._creator.check_can_clone(asked)
+        if request.snapshot is None:
+            _check_size(source, request, source.disk_size)
         layer = await self._snapshots.freeze(source, request.snapshot, order)
-        size = layer.size if request.disk_size is None else request.disk_size
-        if size < layer.size:
-            raise InvalidArgumentError(
-                f"disk_size {size} is smaller than the disk of {source.name!r}",
-                hint=f"give it at least {layer.size} bytes, or leave it out",
-                parameter="disk_size",
-            )
+        # One that was made larger since it was frozen is larger than what it stands on.
+        least = layer.size if request.snapshot is not None else max(layer.size, source.disk_size)
+        _check_size(source, request, least)
+        size = least if request.disk_size is None else request.disk_size
         original = Original(layer.id, source.warm_image)
         return await self._creator.clone(replace(asked, disk_size=size, original=original), order)
+
+
+def _check_size(source: VmRecord, request: CloneRequest, least_bytes: int) -> None:
+    if request.disk_size is not None and request.disk_size < least_bytes:
+        raise InvalidArgumentError(
+            f"disk_size {request.disk_size} is smaller than the disk of {source.name!r}",
+            hint=f"give it at least {least_bytes} bytes, or leave it out",
+            parameter="disk_size",
+        )
 
 
 def _as_request(source: VmRecord, request: CloneRequest) -> VmRequest:

@@ -219,6 +219,12 @@ class VmCreator:
         await job.passed(running + 1)
 
     def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
+        if template.declaration.source.kind == "vm":
+            raise InvalidArgumentError(
+                f"template {request.image} has no image: it is what imported vms boot with",
+                hint="choose another: oscloudctl template-list",
+                parameter="image",
+            )
         _check_suits(request, template.declaration)
         if template.is_uefi:
             check_uefi()
@@ -267,7 +273,12 @@ class VmCreator:
     async def check_can_clone(self, request: VmRequest) -> None:
         """Say what stands against a vm before anything is done to its original."""
         _check_suits(request, self._templates.get_ready(request.image).declaration)
-        await self._database.run(lambda: self._check_can_reserve(request))
+
+        def check() -> None:
+            network = self._check_can_reserve(request)
+            allocate(network, request.ip, None, self._ports.host_ports())
+
+        await self._database.run(check)
 
     def _check_can_reserve(self, request: VmRequest) -> NetworkRecord:
         """Say in a transaction what stands against a vm; give the network it is to be in."""
@@ -404,12 +415,6 @@ def _insert_job(
 
 def _check_suits(request: VmRequest, declaration: Declaration) -> None:
     """Say what a template's declaration has against a vm."""
-    if declaration.source.kind == "vm":
-        raise InvalidArgumentError(
-            f"template {request.image} has no image: it is what imported vms boot with",
-            hint="choose another: oscloudctl template-list",
-            parameter="image",
-        )
     if request.mem_size < declaration.min_mem_bytes:
         raise InvalidArgumentError(
             f"mem_size {request.mem_size} is too small for {request.image}",

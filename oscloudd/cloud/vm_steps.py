@@ -392,8 +392,8 @@ class VmSteps:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await asyncio.to_thread(self._paths(vm).remove, keeps_disk=bool(vm.is_disk_kept))
         if vm.layer_id is not None:
-            own = await self._states.look(lambda: find_unneeded_layers(without_vm=vm))
-            await asyncio.to_thread(remove_layers, self._config, own)
+            freed = await self._states.change(lambda: _leave_layers(vm))
+            await asyncio.to_thread(remove_layers, self._config, freed)
         await self._supervisor.expel(vm)
         await self._ports.forget(vm)
         self._names.forget(vm)
@@ -450,6 +450,18 @@ class VmSteps:
         return vm_paths(self._config, vm.id, vm.disk_id)
 
 
+def _leave_layers(vm: VmRecord) -> list[int]:
+    """Have a vm that is going stand on no layers any more; forget and give those nobody needs.
+
+    First of all their rows: a clone that is being made looks whether its layer has one.
+    """
+    Snapshot.delete().where(Snapshot.vm == vm.id).execute()
+    Disk.update(layer_id=None).where(Disk.id == vm.disk_id, Disk.is_kept == 0).execute()
+    unneeded = find_unneeded_layers()
+    forget_layers(unneeded)
+    return unneeded
+
+
 def _forget(vm_id: int) -> None:
     """Remove a vm's rows and say that it is gone, inside a transaction."""
     row = Vm.select(Vm.name, Vm.disk, Vm.identified).where(Vm.id == vm_id).tuples().first()
@@ -460,6 +472,5 @@ def _forget(vm_id: int) -> None:
         Vm.delete().where(Vm.id == vm_id).execute()
         Disk.update(vm_id=None, slot=None).where(Disk.vm_id == vm_id).execute()
         Disk.delete().where(Disk.id == disk_id, Disk.is_kept == 0).execute()
-        forget_layers(find_unneeded_layers())
         if identified:
             Disk.update(has_identity=True).where(Disk.id == disk_id).execute()

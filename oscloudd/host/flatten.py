@@ -88,6 +88,22 @@ async def flatten(
             ) from error
 
 
+async def enlarge(
+    target: int, target_format: ImageFormat, size_bytes: int, user: str | None
+) -> None:
+    """Make an image that `flatten` has written larger, to `size_bytes`; raises HostError."""
+    if target_format == "raw":
+        os.ftruncate(target, size_bytes)
+        return
+    argv = build_enlarge_argv(target, size_bytes)
+    await run(argv, limits=_LIMITS, user=user, pass_fds=[target], timeout_seconds=_MEASURE_SECONDS)
+
+
+def build_enlarge_argv(target: int, size_bytes: int) -> list[str]:
+    """Give the command that makes the qcow2 open as `target` larger."""
+    return ["qemu-img", "resize", "-q", "-f", "qcow2", f"/proc/self/fd/{target}", str(size_bytes)]
+
+
 def build_measure_argv(chain: Sequence[Layer], fds: Sequence[int]) -> list[str]:
     """Give the command that tells how large a qcow2 of the chain becomes."""
     return ["qemu-img", "measure", "-O", "qcow2", "--output=json", _name_chain(chain, fds)]

@@ -55,6 +55,7 @@ class Qcow2Header:
     virtual_size_bytes: int
     cluster_bits: int
     backing_offset: int
+    backing_bytes: int
     crypt_method: int
     l1_entries: int
     l1_offset: int
@@ -93,6 +94,7 @@ def parse_qcow2_header(header: bytes) -> Qcow2Header:
     common = {
         "version": version,
         "backing_offset": fields[2],
+        "backing_bytes": fields[3],
         "cluster_bits": fields[4],
         "virtual_size_bytes": fields[5],
         "crypt_method": fields[6],
@@ -126,6 +128,16 @@ def is_blank(image: IO[bytes], file_bytes: int) -> bool:
     table_bytes = header.l1_entries * 8
     is_as_long = file_bytes <= header.l1_offset + table_bytes
     return is_as_long and not any(_read(image, header.l1_offset, table_bytes))
+
+
+def read_backing_name(image: IO[bytes]) -> str:
+    """Give what a qcow2 says that it stands on, "" for nothing; what is no UTF-8 is replaced."""
+    header = parse_qcow2_header(image.read(HEADER_BYTES))
+    if header.backing_offset == 0:
+        return ""
+    # The longest that qemu takes (block/qcow2.c).
+    size_bytes = min(header.backing_bytes, 1023)
+    return _read(image, header.backing_offset, size_bytes).decode("utf-8", "replace")
 
 
 def stands_alone(header: Qcow2Header) -> bool:

@@ -97,9 +97,15 @@ def durable(path: Path) -> None:
 
 
 def publish(part: Path, destination: Path) -> None:
-    """Give a finished file its real name, so that a power cut leaves it whole or absent."""
+    """Give a finished file its real name, so that a power cut leaves it whole or absent.
+
+    Raises HostError.
+    """
     _sync(part)
-    part.replace(destination)
+    try:
+        part.replace(destination)
+    except OSError as error:
+        raise HostError(f"{destination} can't be written: {error.strerror}") from error
     _sync(destination.parent)
 
 
