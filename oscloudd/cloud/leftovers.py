@@ -176,8 +176,7 @@ class Leftovers:
             )
 
     async def _remove_bridges(self, bridges: list[str]) -> None:
-        removed = await self._networks.remove_gone(bridges)
-        if removed:
+        if bridges and (removed := await self._networks.remove_gone(bridges)):
             await self._warn(
                 "bridges", f"bridges of ours that no network has are removed: {', '.join(removed)}"
             )
