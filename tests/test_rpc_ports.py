@@ -99,6 +99,15 @@ def test_a_port_is_added_listed_and_deleted(box: Box) -> None:
     ]  # fmt: skip
 
 
+def test_a_port_is_reached_at_loopback_whenever_its_bridge_comes_up(box: Box) -> None:
+    box.create("web")
+    box.call("vm_stop", vm="web", force=True)
+    subprocess.run(["ip", "-n", box.namespace, "link", "delete", "oscbr0"], check=True)
+    box.call("port_add", vm="web", port="8080:80")
+    box.create("db")
+    assert route_localnet(box) == "1"
+
+
 def test_ports_are_there_after_everything_but_the_vms_end(box: Box) -> None:
     vm = box.create("web", publish=["8080:80", "5353:53/udp"])
     assert vm["ports"] == ["127.0.0.1:5353:53/udp", "127.0.0.1:8080:80/tcp"]

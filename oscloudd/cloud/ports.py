@@ -57,6 +57,7 @@ class Ports:
         self._rules = TableEvents(TABLE.split()[1])
         # Whether the kernel may forward what no row says: as an earlier daemon has left it.
         self._is_behind = True
+        self._awaited: set[str] = set()
 
     def host_ports(self) -> set[int]:
         """Give the ports that no serial line may have."""
@@ -87,8 +88,12 @@ class Ports:
             self._is_behind = True
             forwards, bridges = await self._database.run_when_available(_read_forwards)
             with self._rules.own_change():
-                await apply_forwards(forwards, bridges)
+                self._awaited = await apply_forwards(forwards, bridges)
             self._is_behind = False
+
+    def awaits(self, bridge: str) -> bool:
+        """Tell whether the rules were made before a bridge of theirs, and `sync` is due."""
+        return bridge in self._awaited
 
     async def keep(self) -> None:
         """Put the rules back whenever somebody else has changed them, until cancelled."""

@@ -98,7 +98,8 @@ class VmSteps:
         vm = await self._get(job)
         self._names.publish(vm)
         await self._supervisor.bring_up_network(vm)
-        if vm.ports:  # a bridge that has just been made knows nothing of them
+        # A bridge that has just been made knows nothing of them.
+        if vm.ports or self._ports.awaits(vm.bridge):
             await self._ports.sync()
 
     async def starting(self, job: Job) -> None:

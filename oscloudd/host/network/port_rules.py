@@ -53,15 +53,18 @@ class Forward:
         return self.host_address.is_loopback or self.host_address == EVERYWHERE
 
 
-async def apply_forwards(forwards: Sequence[Forward], bridges: Collection[str]) -> None:
-    """Make these the forwarded ports, of all that lead behind `bridges`; may be called again."""
+async def apply_forwards(forwards: Sequence[Forward], bridges: Collection[str]) -> set[str]:
+    """Make these the forwarded ports, of all that lead behind `bridges`; may be called again.
+
+    Gives those bridges that are not there: once they are, loopback leads to them after another
+    call only.
+    """
     local = {forward.bridge for forward in forwards if forward.is_on_loopback}
     # Behind the drop of the table only: see `build_forwards`.
     for bridge in sorted(set(bridges) - local):
         set_route_localnet(bridge, on=False)
     await run(["nft", "-f", "-"], input_text=build_forwards(forwards))
-    for bridge in sorted(local):
-        set_route_localnet(bridge, on=True)
+    return {bridge for bridge in sorted(local) if not set_route_localnet(bridge, on=True)}
 
 
 def build_forwards(forwards: Sequence[Forward]) -> str:
@@ -122,21 +125,23 @@ def _chain(kind: str, hook: str, priority: str, *rules: str) -> str:
     return f"\tchain {kind}_{hook} {{\n{body}\t}}\n"
 
 
-def set_route_localnet(interface: str, *, on: bool) -> None:
-    """Let packets with loopback addresses pass by an interface, or not; none, no harm.
+def set_route_localnet(interface: str, *, on: bool) -> bool:
+    """Let packets with loopback addresses pass by an interface, or not; False without one.
 
     By netlink: systemd's ProtectKernelTunables= has the file of it read-only.
     """
     try:
         index = socket.if_nametoindex(interface)
     except OSError:
-        return
+        return False
     value = pack_attribute(_IPV4_DEVCONF_ROUTE_LOCALNET, struct.pack("=I", on))
     inet = pack_nested(socket.AF_INET, pack_nested(_IFLA_INET_CONF, value))
     body = struct.pack("=BxHiII", 0, 0, index, 0, 0) + pack_nested(_IFLA_AF_SPEC, inet)
     try:
         exchange(socket.NETLINK_ROUTE, pack_message(_RTM_SETLINK, ACKNOWLEDGE, body))
     except OSError as error:
-        if error.errno != errno.ENODEV:
-            why = error.strerror
-            raise HostError(f"route_localnet of {interface} can't be set: {why}") from error
+        if error.errno == errno.ENODEV:
+            return False
+        why = error.strerror
+        raise HostError(f"route_localnet of {interface} can't be set: {why}") from error
+    return True
