@@ -181,6 +181,9 @@ CASES = {
     "vm_delete of a vm with a disk": Case(
         "vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged, "attached"
     ),
+    "vm_delete of a vm with snapshots": Case(
+        "vm_delete", {"vm": "web"}, "STOPPED", gone, unchanged, snapshots=("first", "second")
+    ),
     "vm_start with a disk": Case("vm_start", {"vm": "web"}, "STOPPED", runs, unchanged, "attached"),
     "disk_attach": Case("disk_attach", ON_WEB, "RUNNING", has_disk, unchanged, "free"),
     "disk_detach": Case("disk_detach", ON_WEB, "RUNNING", has_no_disk, unchanged, "attached"),
