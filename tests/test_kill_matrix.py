@@ -27,7 +27,7 @@ ADDRESS, OTHER_ADDRESS, COPY_ADDRESS = "192.168.7.7", "192.168.7.8", "192.168.7.
 # Every so many-th transaction of a recovery is killed; `make kills` takes them all.
 STRIDE = int(os.environ.get("OSCLOUD_KILL_STRIDE", "5"))
 # More than any operation has of anything; beyond it, counting does not work.
-MOST = 60
+MOST = 100
 
 
 Judge = Callable[[dict[str, Any], dict[str, Any]], bool]
