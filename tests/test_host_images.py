@@ -1,6 +1,7 @@
 """Images: overlays that hold."""
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_images import qcow2
 
 from oscloudd.errors import HostError
-from oscloudd.host.image_header import is_blank
+from oscloudd.host.image_header import is_blank, read_backing_name
 from oscloudd.host.images import (
     build_overlay_argv,
     copy_overlay,
@@ -101,6 +103,17 @@ def test_the_size_of_an_image_is_read_without_qemu_img(tmp_path: Path, image_for
 def test_the_size_of_no_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="No such file"):
         virtual_size_bytes(tmp_path / "none", "qcow2")
+
+
+def test_what_an_image_says_it_stands_on(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base.raw", tmp_path / "overlay.qcow2"
+    base.write_bytes(bytes(512))
+    asyncio.run(create_overlay(overlay, base, "raw", 1 << 20))
+    with overlay.open("rb") as image:
+        assert read_backing_name(image) == str(base)
+    # A guest that has taken its qemu over can write anything here.
+    for changes in ({}, {"backing_offset": (1 << 64) - 1, "backing_bytes": (1 << 32) - 1}):
+        assert read_backing_name(io.BytesIO(qcow2(**changes))) == ""
 
 
 def test_names_given_to_qemu_img_are_never_protocols() -> None:

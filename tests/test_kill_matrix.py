@@ -27,7 +27,7 @@ ADDRESS, OTHER_ADDRESS, COPY_ADDRESS = "192.168.7.7", "192.168.7.8", "192.168.7.
 # Every so many-th transaction of a recovery is killed; `make kills` takes them all.
 STRIDE = int(os.environ.get("OSCLOUD_KILL_STRIDE", "5"))
 # More than any operation has of anything; beyond it, counting does not work.
-MOST = 60
+MOST = 100
 
 
 Judge = Callable[[dict[str, Any], dict[str, Any]], bool]
@@ -180,6 +180,9 @@ CASES = {
     "vm_create on a disk": Case("vm_create", ON_DISK, None, runs_on_disk, gone, "free"),
     "vm_delete of a vm with a disk": Case(
         "vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged, "attached"
+    ),
+    "vm_delete of a vm with snapshots": Case(
+        "vm_delete", {"vm": "web"}, "STOPPED", gone, unchanged, snapshots=("first", "second")
     ),
     "vm_start with a disk": Case("vm_start", {"vm": "web"}, "STOPPED", runs, unchanged, "attached"),
     "disk_attach": Case("disk_attach", ON_WEB, "RUNNING", has_disk, unchanged, "free"),

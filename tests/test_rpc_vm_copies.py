@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from bad_images import BAD_IMAGES, qcow2
 from daemon_process import IMAGE, Box, Line, RpcError
-from test_rpc_exports import export, left, sha256, stopped, write
-from test_rpc_templates import answer_on, send_all, wait_for
+from test_rpc_exports import ask, export, left, sha256, stopped, write
+from test_rpc_templates import answer_on, send, send_all, wait_for
 
 from oscloudd.cloud.vm_archive import END, build_header, build_sums, padding
 
@@ -404,3 +404,19 @@ def test_a_vm_that_was_imported_can_be_copied(box: Box, archive: bytes) -> None:
     assert (copy["os"], copy["disk_size"]) == (web["os"], web["disk_size"])
     assert box.call("disk_info", disk=copy["disk"])["layers"] == 1
     assert box.call("vm_start", vm="web")["state"] == "RUNNING"
+
+
+def test_a_template_of_any_name_may_be_made_meanwhile(box: Box, archive: bytes) -> None:
+    manifest, disk, sums = members_of(archive)
+    content = build([manifest, ("kernel", b"kernel" * 99), disk, sums])
+    behind_kernel = content.index(b"kernel" * 99) + 512
+    with box.connect() as line:
+        ask(line, "vm_import", size=len(content), file_name="web.oscloud")
+        job = wait_for(line, "progress")["params"]["job"]
+        wait_for(line, "send")
+        line.send(content[:behind_kernel])
+        making = box.root / "state/templates"
+        box.until(lambda: any(making.glob(".making-*/kernel")), "its kernel")
+        send(box, f"import-{job}", qcow2(), os="linux")
+        send_all(line, content[behind_kernel:])
+        assert answer_on(line)["name"] == "web"

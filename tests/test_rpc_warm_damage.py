@@ -133,7 +133,7 @@ def test_a_vm_whose_frozen_disk_is_gone_says_so(cloud: Box) -> None:
     cloud.create("web", ip=ADDRESS, wait="ready", warm="only", **shape)
     cloud.call("vm_stop", vm="web", force=True)
     (directory / "disk.qcow2").unlink()
-    with pytest.raises(RpcError, match=f"{directory}/disk.qcow2 can't be opened") as refused:
+    with pytest.raises(RpcError, match=f"{directory}/disk.qcow2 can't be read") as refused:
         cloud.call("vm_start", vm="web")
     assert refused.value.kind == "host_failure"
     assert cloud.call("vm_info", vm="web")["state"] == "ERROR"

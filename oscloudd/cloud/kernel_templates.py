@@ -63,7 +63,8 @@ class KernelTemplates:
         be, and what reading from `stream` does.
         """
         settings = _check_settings(manifest.template)
-        making = self._directory / f"{MAKING}import-{job.id}"
+        # No template has a name that begins with a dot.
+        making = self._directory / f"{MAKING}.import-{job.id}"
         await asyncio.to_thread(making.mkdir, parents=True)
         try:
             digests = {

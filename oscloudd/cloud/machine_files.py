@@ -19,14 +19,15 @@ def machine_files(
     layer_ids: Sequence[int],
     warm: WarmStart | None,
 ) -> MachineFiles:
-    """Give the files of a vm whose disk stands on these layers, the top first. Blocks.
+    """Give the files of a vm whose disk stands on these layers, the top first, and make its run
+    directory. Blocks.
 
     Raises HostError where the disk does not.
     """
-    paths = vm_paths(config, vm.id, vm.disk_id)
-    paths.run_directory.mkdir(parents=True, exist_ok=True)
     chain = disk_chain(config, vm, template, layer_ids)
     check_chain(chain, template)
+    paths = vm_paths(config, vm.id, vm.disk_id)
+    paths.run_directory.mkdir(parents=True, exist_ok=True)
     layers = chain[1 : 1 + len(layer_ids)]
     return MachineFiles(
         run_directory=paths.run_directory,

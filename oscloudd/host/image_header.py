@@ -27,6 +27,7 @@ _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in 
 _KNOWN_FEATURES = 0b11111
 _KNOWN_COMPRESSIONS = (0, 1)  # zlib, zstd
 _MIN_EXTENDED_L2_BITS = 14
+_MAX_CLUSTER_BITS = 21
 _MAX_REFCOUNT_ORDER = 6
 _MAX_L1_BYTES = 32 << 20
 _MAX_REFCOUNT_TABLE_BYTES = 8 << 20
@@ -133,10 +134,10 @@ def is_blank(image: IO[bytes], file_bytes: int) -> bool:
 def read_backing_name(image: IO[bytes]) -> str:
     """Give what a qcow2 says that it stands on, "" for nothing; what is no UTF-8 is replaced."""
     header = parse_qcow2_header(image.read(HEADER_BYTES))
-    if header.backing_offset == 0:
-        return ""
-    # The longest that qemu takes (block/qcow2.c).
+    # qemu takes up to 1,023 bytes, in the first cluster (block/qcow2.c).
     size_bytes = min(header.backing_bytes, 1023)
+    if not 0 < header.backing_offset <= 1 << _MAX_CLUSTER_BITS:
+        return ""
     return _read(image, header.backing_offset, size_bytes).decode("utf-8", "replace")
 
 
@@ -176,7 +177,7 @@ def _dangers(header: Qcow2Header, file_bytes: int) -> Iterator[tuple[bool, str]]
     yield bool(features & _CORRUPT), "it is marked as corrupt"
     yield bool(features & _DIRTY), "it was not closed properly"
     yield bool(features & ~_KNOWN_FEATURES), "it needs features this program does not know"
-    yield not 9 <= header.cluster_bits <= 21, "its cluster size is out of range"
+    yield not 9 <= header.cluster_bits <= _MAX_CLUSTER_BITS, "its cluster size is out of range"
     yield (
         bool(features & _EXTENDED_L2) and header.cluster_bits < _MIN_EXTENDED_L2_BITS,
         "its clusters are too small for the extended tables it has",
