@@ -576,7 +576,7 @@ class FakeQemu:
         if is_postponement(self.identity_lines):
             self.identity_lines, self.is_warm = None, True
             self.print("oscloud-identity: postponed\n")
-            self.channel.send(b"oscloud-identity: warm\n")
+            self.print("oscloud-identity: warm\n")
             return
         self.identity_lines = None
         if self.fault == "identity_fails":
@@ -598,7 +598,7 @@ class FakeQemu:
             return
         if b"rehearse=" in self.told:
             self.told = b""
-            self.channel.send(b"oscloud-identity: rehearsed\n")
+            self.print("oscloud-identity: rehearsed\n")
             return
         if self.fault == "crash_when_told":
             os.kill(os.getpid(), signal.SIGSEGV)

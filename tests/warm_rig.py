@@ -140,10 +140,9 @@ class Rig:
         qemu = await self._launch(1, self.frozen, warm_memory=True, shared=True)
         yesterday = SimpleNamespace(time=lambda: time.time() - DAY_SECONDS)
         line = qemu.console.attach_socket(with_history=True)
-        channel = qemu.open_channel()
-        with line, channel, patch.object(identity, "time", yesterday):
+        with line, qemu.open_channel(), patch.object(identity, "time", yesterday):
             await qemu.resume()
-            await asyncio.to_thread(postpone_identity, line, channel, boot_seconds=BOOT_SECONDS)
+            await asyncio.to_thread(postpone_identity, line, boot_seconds=BOOT_SECONDS)
         with self.state.open("wb") as state:
             await warm.save(qemu, state.fileno())
         await self.end(qemu)

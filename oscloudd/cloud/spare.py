@@ -169,10 +169,10 @@ def _remove_all(config: Config) -> None:
 async def _rehearse(qemu: Qemu) -> None:
     """Have the guest greet itself once, and stand still again; ends qemu and raises HostError."""
     async with ended_on_failure(qemu, "a spare clone can't be restored"):
-        with qemu.open_channel() as channel:
+        with qemu.console.attach_socket() as line, qemu.open_channel() as channel:
             await qemu.resume()
-            rehearse = partial(rehearse_clone, channel, seconds=_REHEARSAL_SECONDS)
-            await converse(rehearse, channel)
+            rehearse = partial(rehearse_clone, line, channel, seconds=_REHEARSAL_SECONDS)
+            await converse(rehearse, line, channel)
         await qemu.pause()
 
 

@@ -146,9 +146,9 @@ class WarmMaker:
             await asyncio.to_thread(shutil.rmtree, run_directory, ignore_errors=True)
 
     async def _postpone(self, qemu: Qemu) -> None:
-        with qemu.console.attach_socket(with_history=True) as line, qemu.open_channel() as channel:
-            postpone = partial(postpone_identity, line, channel, boot_seconds=_BOOT_SECONDS)
-            await converse(postpone, line, channel)
+        # Its guest would find the channel at its end where nobody has it open.
+        with qemu.console.attach_socket(with_history=True) as line, qemu.open_channel():
+            await converse(partial(postpone_identity, line, boot_seconds=_BOOT_SECONDS), line)
 
 
 async def _save_state(qemu: Qemu, path: Path) -> None:

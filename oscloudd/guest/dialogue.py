@@ -24,10 +24,10 @@ _READY = "oscloud-identity: ready"
 _APPLIED = "oscloud-identity: applied"
 _POSTPONED = "oscloud-identity: postponed"
 # The guest waits from here on, so the end of the line must be there, too.
-_WARM = "oscloud-identity: warm\n"
+_WARM = "oscloud-identity: warm\r?\n"
 _FAILED = "oscloud-identity: failed: ([^\r\n]*)[\r\n]"
 _KEPT = "oscloud-identity: kept\n"
-_REHEARSED = "oscloud-identity: rehearsed\n"
+_REHEARSED = "oscloud-identity: rehearsed\r?\n"
 _REST = "rest"
 _APPLY_SECONDS = 60.0
 _TAIL_CHARACTERS = 2000
@@ -48,18 +48,18 @@ def tell_identity(line: socket.socket, document: str, *, boot_seconds: float | N
     _expect(guest, _APPLIED, _APPLY_SECONDS, "apply its identity")
 
 
-def postpone_identity(line: socket.socket, channel: socket.socket, *, boot_seconds: float) -> None:
+def postpone_identity(line: socket.socket, *, boot_seconds: float) -> None:
     """Have the guest's first boot go on without identity, to where its clones will be told.
 
-    It is told on its serial line, and will be waiting on its channel. `boot_seconds` bounds the
-    wait for the question and the boot after it, each. The machine may be saved when this returns.
-    Raises like `tell_identity`.
+    It is told on its serial line, says there that it has come so far, and waits on its channel,
+    which has to be open here for that. `boot_seconds` bounds the wait for the question and the boot
+    after it, each. The machine may be saved when this returns. Raises like `tell_identity`.
     """
     guest = _listen(line)
     _expect(guest, _READY, boot_seconds, "ask for its identity")
     _send(guest, encode_for_line(WARM_DOCUMENT))
     _expect(guest, _POSTPONED, _APPLY_SECONDS, "postpone its identity")
-    _expect(_listen(channel), _WARM, boot_seconds, "wait for the identity of a clone")
+    _expect(guest, _WARM, boot_seconds, "wait for the identity of a clone")
 
 
 def tell_clone(channel: socket.socket, document: str, *, seconds: float) -> None:
@@ -67,12 +67,16 @@ def tell_clone(channel: socket.socket, document: str, *, seconds: float) -> None
 
     It waits for `let_rest` then, so that whoever has waited for it can have it to himself.
     """
-    _tell(channel, document, _APPLIED, seconds, "apply its identity")
+    # It reads no further than it has to: what comes next is somebody else's.
+    guest = _listen(channel, at_once=1)
+    _send(guest, encode_for_clone(document))
+    _expect(guest, _APPLIED, seconds, "apply its identity")
 
 
-def rehearse_clone(channel: socket.socket, *, seconds: float) -> None:
+def rehearse_clone(line: socket.socket, channel: socket.socket, *, seconds: float) -> None:
     """Have a clone greet itself: the code it has for that is translated then. Raises the same."""
-    _tell(channel, REHEARSAL_DOCUMENT, _REHEARSED, seconds, "greet itself")
+    _send(_listen(channel), encode_for_clone(REHEARSAL_DOCUMENT))
+    _expect(_listen(line), _REHEARSED, seconds, "greet itself")
 
 
 def let_rest(channel: socket.socket) -> None:
@@ -84,13 +88,6 @@ def let_rest(channel: socket.socket) -> None:
     guest = _listen(channel)
     _send(guest, [_REST])
     _expect(guest, _KEPT, None, "keep its identity")
-
-
-def _tell(channel: socket.socket, document: str, answer: str, seconds: float, what: str) -> None:
-    # It reads no further than it has to: what comes next is somebody else's.
-    guest = _listen(channel, at_once=1)
-    _send(guest, encode_for_clone(document))
-    _expect(guest, answer, seconds, what)
 
 
 def _listen(line: socket.socket, *, at_once: int = 65536) -> fdpexpect.fdspawn:
