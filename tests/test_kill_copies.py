@@ -12,7 +12,7 @@ from cloud_accounts import settle
 from daemon_process import IMAGE, Line
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death
-from test_kill_matrix import count_deaths, is_dead, wait_for_death
+from test_kill_matrix import armed, count_deaths, is_dead, wait_for_death
 from test_rpc_exports import ask, export, left, read_pieces, stopped, write
 from test_rpc_templates import answer_on, send_all, wait_for
 from test_rpc_vm_copies import build, take, without_kernel
@@ -63,8 +63,7 @@ def come_back(box: ZygoteBox, line: Line) -> bool:
 @matrix
 def test_killed_while_importing(box: ZygoteBox, archive: bytes, at: str, when: str) -> None:
     def kill_at(number: int) -> bool:
-        box.arm(Death(at, number, when))  # type: ignore[arg-type]
-        line = box.connect()
+        line = armed(box, Death(at, number, when), box.connect)  # type: ignore[arg-type]
         given = {"size": len(archive), "file_name": "web.oscloud"}
         try:
             ask(line, "vm_import", **given)
@@ -107,8 +106,7 @@ def test_killed_while_exporting(box: ZygoteBox, at: str, when: str) -> None:
     before = json.dumps([box.traces(), box.call("vm_info", vm="web")], default=str)
 
     def kill_at(number: int) -> bool:
-        box.arm(Death(at, number, when))  # type: ignore[arg-type]
-        line = box.connect()
+        line = armed(box, Death(at, number, when), box.connect)  # type: ignore[arg-type]
         try:
             ask(line, "vm_export", vm=vm["id"])
             read_pieces(line)
