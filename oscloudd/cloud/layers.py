@@ -40,17 +40,17 @@ def remove_layers(config: Config, layer_ids: Iterable[int]) -> None:
 
 def read_chain(layer_id: int | None) -> list[int]:
     """Give a layer and all below it, the top first."""
-    return _follow(layer_id, _read_parents()) if layer_id is not None else []
+    return follow(layer_id, read_parents()) if layer_id is not None else []
 
 
 def find_unneeded_layers() -> list[int]:
     """Give the layers that nothing stands on; children first."""
     disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
     snapshots = Snapshot.select(Snapshot.layer)
-    parents = _read_parents()
+    parents = read_parents()
     needed: set[int] = set()
     for (top,) in [*disks.tuples(), *snapshots.tuples()]:
-        needed.update(_follow(top, parents))
+        needed.update(follow(top, parents))
     rows = Layer.select(Layer.id).where(Layer.whole).order_by(Layer.id.desc()).tuples()
     return [layer_id for (layer_id,) in rows if layer_id not in needed]
 
@@ -61,12 +61,15 @@ def forget_layers(layer_ids: Iterable[int]) -> None:
         Layer.delete().where(Layer.id == layer_id).execute()
 
 
-def _read_parents() -> dict[int, int | None]:
+def read_parents() -> dict[int, int | None]:
+    """Give what each layer stands on."""
     return dict(Layer.select(Layer.id, Layer.parent).tuples())
 
 
-def _follow(layer_id: int, parents: dict[int, int | None]) -> list[int]:
-    chain = [layer_id]
-    while (parent := parents[chain[-1]]) is not None:
-        chain.append(parent)
+def follow(layer_id: int | None, parents: dict[int, int | None]) -> list[int]:
+    """Give a layer and all below it, the top first, by what `read_parents` has said."""
+    chain = []
+    while layer_id is not None:
+        chain.append(layer_id)
+        layer_id = parents[layer_id]
     return chain

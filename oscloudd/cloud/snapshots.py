@@ -17,10 +17,12 @@ from oscloudd.cloud.jobs import JobInfo, Jobs, Order
 from oscloudd.cloud.layers import (
     MAX_LAYERS,
     find_unneeded_layers,
+    follow,
     forget_layers,
     layer_directory,
     layer_memory,
     read_chain,
+    read_parents,
 )
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import Decide, Operations
@@ -277,7 +279,8 @@ class Snapshots:
             .order_by(Snapshot.id)
         )
         names = {row.layer_id: str(row.name) for row in rows}
-        current = _nearest(read_chain(vm.layer_id), names)
+        parents = read_parents()
+        current = _nearest(follow(vm.layer_id, parents), names)
         return tuple(
             SnapshotInfo(
                 id=row.id,
@@ -285,7 +288,7 @@ class Snapshots:
                 vm=vm.name,
                 description=row.description,
                 kind=row.kind,
-                parent=_nearest(read_chain(row.layer.parent_id), names),
+                parent=_nearest(follow(row.layer.parent_id, parents), names),
                 current=row.name == current,
                 size=row.layer.size,
                 allocated=_allocated(self._config, row.layer_id),
