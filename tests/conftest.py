@@ -9,6 +9,7 @@ from daemon_process import Box
 from daemon_zygote import ZygoteBox
 from fake_qemu import install_fake_qemu
 from mariadb_server import MariaDb, is_installed
+from stub_daemon import StubDaemon
 
 # Files whose boxes run once on SQLite and once on MariaDB; everybody else's on SQLite only.
 ON_BOTH_DATABASES = {
@@ -80,6 +81,14 @@ def open_box(binary: Path, server: MariaDb | None = None) -> Iterator[Box]:
         yield box
     finally:
         box.close()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
+    """Give a stand-in for the daemon that has no answers yet."""
+    stub = StubDaemon(tmp_path / "sock")
+    yield stub
+    stub.close()
 
 
 @pytest.fixture(scope="module")

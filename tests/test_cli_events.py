@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,6 @@ class History:
         if call.params["follow"]:
             return self.then(call)
         return {"latest": self.latest}
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
-    stub = StubDaemon(tmp_path / "oscloudd.sock")
-    yield stub
-    stub.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +25,6 @@ from oscloudd.errors import InvalidStateError
 # With a hole in it.
 PIECES = [bytes(range(256)) * 1024, bytes(1 << 18), b"the end"]
 CONTENT = b"".join(PIECES)
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
-    daemon = StubDaemon(tmp_path / "sock")
-    yield daemon
-    daemon.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The network commands on a scripted daemon: what is sent, and what is said."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,6 @@ from stub_daemon import Call, Oscloudctl, StubDaemon
 from oscloudd.errors import InUseError
 
 LAB = {"id": 2, "name": "lab", "subnet": "10.20.0.0/24", "isolated": True, "nat": True}
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
-    stub = StubDaemon(tmp_path / "oscloudd.sock")
-    yield stub
-    stub.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ TEMPLATE = {
     "name": "mine", "state": "READY", "size": 2 << 20, "used_by": 0, "source": "import",
     "os": "mine", "description": "imported from mine.img",
 }  # fmt: skip
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
-    daemon = StubDaemon(tmp_path / "sock")
-    yield daemon
-    daemon.close()
 
 
 @pytest.fixture

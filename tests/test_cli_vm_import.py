@@ -1,7 +1,6 @@
 """vm-import, vm-export and vm-publish on a scripted daemon: what is asked for, and what is said."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,6 @@ from test_cli_exports import CONTENT, Giver
 from oscloudd.errors import CloudError, InUseError
 
 STOPPED = {**VM, "state": "STOPPED", "reason": "imported", "ready": False}
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[StubDaemon]:
-    daemon = StubDaemon(tmp_path / "sock")
-    yield daemon
-    daemon.close()
 
 
 @pytest.fixture

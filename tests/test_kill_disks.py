@@ -6,6 +6,7 @@ There is never a row without its file, nor a file without its row, once the next
 from pathlib import Path
 
 import pytest
+import test_kill_templates
 from cloud_accounts import check_accounted, settle
 from daemon_process import IMAGE
 from daemon_zygote import ZygoteBox
@@ -25,11 +26,7 @@ def box(zygote_box: ZygoteBox) -> ZygoteBox:
 
 def die(box: ZygoteBox, death: Death, method: str, **params: str) -> bool:
     """Have the daemon die at this call; False when it had come to rest before."""
-    _question, died = ask_to_die(box, death, method, **params)
-    if died:
-        wait_for_death(box)
-        box.start()
-    settle(box)
+    died = test_kill_templates.die(box, death, method, **params)
     check_accounted(box)
     return died
 
