@@ -46,7 +46,7 @@ def check_chain(chain: Sequence[Layer], template: ReadyTemplate | None) -> None:
     After an older copy of the database was put back, the rows tell of a disk as it was then: its
     guest would read parts of two disks, and write what it makes of them.
     """
-    is_whole = template is not None and template.declaration.source.kind == "vm"
+    is_whole = template is not None and template.has_no_image
     below = [layer.path for layer in chain[1:]]
     for layer, expected in zip(chain, [*below, None], strict=True):
         named = _read_name(layer)

@@ -103,7 +103,7 @@ class KernelTemplates:
         """Remove those that no disk stands on any more."""
         for path in self._directory.glob("*-import-*"):
             found = self._templates.find_ready(path.name) if _NAME.fullmatch(path.name) else None
-            if found is not None and found.declaration.source.kind == "vm":
+            if found is not None and found.has_no_image:
                 async with self._deciding:
                     if not self._wanted[found.name]:
                         with suppress(CloudError):

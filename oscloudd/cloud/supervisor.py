@@ -463,7 +463,7 @@ def machine_spec(
 ) -> MachineSpec:
     """Give what the machine of a vm is to be."""
     cmdline = template.declaration.boot.cmdline
-    is_copy = vm.layer_id is not None or template.declaration.source.kind in ("publish", "vm")
+    is_copy = vm.layer_id is not None or template.has_identity
     if is_copy and not vm.identified:
         # Its disk is somebody's already.
         cmdline += f" oscloud.identity={vm.uuid}"

@@ -121,6 +121,16 @@ class ReadyTemplate:
         """Whether its image boots by UEFI."""
         return self.declaration.boot.firmware == "uefi"
 
+    @property
+    def has_no_image(self) -> bool:
+        """Whether the disks on it are whole in themselves: it is what an imported vm boots with."""
+        return self.declaration.source.kind == "vm"
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether a disk on it is somebody's already, when its vm begins."""
+        return self.has_no_image or self.declaration.source.kind == "publish"
+
     def _optional(self, name: str) -> Path | None:
         return self.directory / name if name else None
 

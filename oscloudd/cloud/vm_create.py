@@ -219,7 +219,7 @@ class VmCreator:
         await job.passed(running + 1)
 
     def _check_fits(self, request: VmRequest, template: ReadyTemplate) -> None:
-        if template.declaration.source.kind == "vm":
+        if template.has_no_image:
             raise InvalidArgumentError(
                 f"template {request.image} has no image: it is what imported vms boot with",
                 hint="choose another: oscloudctl template-list",

@@ -65,16 +65,16 @@ class VmSteps:
         names: Names,
         rates: Rates,
     ) -> None:
-        self._rates = rates
         self._config = config
-        self._ports = ports
-        self._names = names
         self._states = states
         self._supervisor = supervisor
         self._first_starts = first_starts
         self._slots = slots
         self._suspension = suspension
         self._disks = disks
+        self._ports = ports
+        self._names = names
+        self._rates = rates
 
     # Making and starting
 

@@ -48,9 +48,7 @@ class Shape:
     def can_be_warm(self) -> bool:
         """Whether its guest can wait for its identity: it has none yet, and asks for one."""
         template = self.template
-        declaration = template.declaration
-        has_identity = declaration.source.kind in ("publish", "vm")
-        asks = declaration.guest.identity == "serial" and not has_identity
+        asks = template.declaration.guest.identity == "serial" and not template.has_identity
         return asks and not template.is_uefi
 
     def spec(self, accelerator: str, binary: str) -> MachineSpec:
