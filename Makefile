@@ -39,7 +39,7 @@ ctl: ## Run the command line on this checkout's daemon  [ARGS="vm-list"]
 .PHONY: test
 test: ## Install what the tests need and run them all  [ARGS="-k name"]
 	@$(CHECKOUT)/install --test
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: ## Check style, format and types

@@ -22,12 +22,11 @@ from typing import Any
 
 import pexpect
 import pytest
+from kept import KEPT, ROOT, keep
 
 from oscloudctl.client import Client
 
-ROOT = Path(__file__).resolve().parent.parent
 NETNS = ROOT / "packaging/checkout/netns"
-KEPT_TEMPLATES = ROOT / ".run/test/templates"
 LIMIT_SECONDS = 60.0
 BOOT_SECONDS = 300.0
 BUILD_SECONDS = 1800.0
@@ -251,10 +250,8 @@ def open_cloud(
             for route in routes:
                 cloud.run("ip", "route", "add", *route.split())
             for template in templates:
-                _take_kept(cloud, template)
+                shutil.copytree(keep_template(template), root / "state/templates" / template)
             cloud.start()
-            for template in templates:
-                _ensure_template(cloud, template)
             yield cloud
         finally:
             cloud.close()
@@ -267,27 +264,13 @@ def open_cloud(
 
 def keep_template(template: str) -> Path:
     """Give the directory of a template that was made, made first where it is not there yet."""
-    if not kept_template(template).exists():
-        with open_cloud(template):
-            pass
-    return kept_template(template)
 
+    def build(directory: Path) -> None:
+        with open_cloud() as cloud:
+            cloud.build(template)
+            shutil.copytree(cloud.root / "state/templates" / template, directory)
 
-def _take_kept(cloud: GuestCloud, template: str) -> None:
-    kept = kept_template(template)
-    if kept.exists():
-        shutil.copytree(kept, cloud.root / "state/templates" / template)
-
-
-def _ensure_template(cloud: GuestCloud, template: str) -> None:
-    if cloud.call("template_info", template=template)["state"] == "READY":
-        return
-    cloud.build(template)
-    kept = kept_template(template)
-    for stale in KEPT_TEMPLATES.glob(f"{template}-*"):
-        shutil.rmtree(stale)
-    shutil.copytree(cloud.root / "state/templates" / template, f"{kept}.part")
-    Path(f"{kept}.part").rename(kept)
+    return keep(kept_template(template), build)
 
 
 def kept_template(template: str) -> Path:
@@ -297,4 +280,4 @@ def kept_template(template: str) -> Path:
     for path in sorted([*shared, *(ROOT / "templates" / template).rglob("*")]):
         if path.is_file():
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return KEPT_TEMPLATES / f"{template}-{digest.hexdigest()[:16]}"
+    return KEPT / f"templates/{template}-{digest.hexdigest()[:16]}"

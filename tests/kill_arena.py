@@ -19,6 +19,7 @@ from cloud_model import CloudMachine
 from daemon_process import IMAGE
 from daemon_zygote import ZygoteBox
 from fake_qemu import install_fake_qemu
+from guest_cloud import keep_template
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import seed as seeded
 from hypothesis.stateful import run_state_machine_as_test
@@ -84,18 +85,7 @@ class RealBox(ZygoteBox):
         binary = shutil.which("qemu-system-x86_64")
         assert binary is not None
         super().__init__(Path(binary))
-        template = tiny_template()
-        shutil.copytree(template, self.root / "state/templates/tiny")
-
-
-def tiny_template() -> Path:
-    """Give the built template `tiny`; builds it if nobody has."""
-    from guest_cloud import kept_template, open_cloud
-
-    if not kept_template("tiny").exists():
-        with open_cloud("tiny"):
-            pass
-    return kept_template("tiny")
+        shutil.copytree(keep_template("tiny"), self.root / "state/templates/tiny")
 
 
 @contextlib.contextmanager

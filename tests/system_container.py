@@ -14,8 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / ".run/test"
+from kept import KEPT, ROOT, keep
+
 BOOT_SECONDS = 120.0
 RUN_SECONDS = 300.0
 BUILD_SECONDS = 1800.0
@@ -47,15 +47,7 @@ def ensure_tree(package: Path) -> Path:
     """Give a tree that has all the package depends on, made anew where that has changed."""
     included = sorted({*_BASE, *_dependencies(package)})
     key = hashlib.sha256(" ".join(included).encode()).hexdigest()[:16]
-    tree = KEPT / f"debian-{key}"
-    if not tree.exists():
-        for stale in KEPT.glob("debian-*"):
-            shutil.rmtree(stale)
-        KEPT.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{tree}.part")
-        _bootstrap(part, included)
-        part.rename(tree)
-    return tree
+    return keep(KEPT / f"debian-{key}", lambda tree: _bootstrap(tree, included))
 
 
 def _bootstrap(tree: Path, included: list[str]) -> None:

@@ -20,7 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from guest_cloud import ROOT, kept_template
+from guest_cloud import kept_template
+from kept import KEPT, ROOT, keep
 
 from oscloudd.guest import identity
 from oscloudd.guest.dialogue import let_rest, postpone_identity, tell_clone
@@ -37,7 +38,6 @@ from oscloudd.machine.launch import MachineFiles, launch
 from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.sealed_memory import make_memory, memory_path, seal_memory
 
-BUILT = ROOT / ".run/test/built"
 BRIDGE = "br0"
 HOST = "192.168.77.1"
 MEMORY_BYTES = 256 << 20
@@ -79,16 +79,13 @@ def run_in_own_network(work: Callable[[], Awaitable[Any]]) -> Any:
 
 def ensure_built(template: str) -> Path:
     """Give the directory of a template as its build makes it; kept until its sources change."""
-    kept = BUILT / kept_template(template).name
-    if not kept.exists():
-        for stale in BUILT.glob(f"{template}-*"):
-            shutil.rmtree(stale)
-        part = kept.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
-        build = ROOT / "templates" / template / "build"
-        subprocess.run([build, part], check=True, stdout=subprocess.DEVNULL)
-        part.rename(kept)
-    return kept
+
+    def build(directory: Path) -> None:
+        directory.mkdir()
+        command = [ROOT / "templates" / template / "build", directory]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    return keep(KEPT / "built" / kept_template(template).name, build)
 
 
 @dataclass
