@@ -335,6 +335,7 @@ class Box:
             "ports": sorted(each for each in self._listeners() if not each.endswith(":53")),
             "processes": sorted(self.qemus()),
             "port rows": sorted(self.rows("SELECT vm_id, spec FROM port")),
+            "nic rows": sorted(self.rows("SELECT vm_id, slot, ip FROM nic")),
             "forwarded ports": self.forwarded_ports(),
         }
         for name, pattern in (

@@ -22,8 +22,9 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
     restore_fails      says why on standard error and ends when it is to take a saved state
     restore_hangs      begins to take a saved state and never comes to its end
     save_fails         says that it could not write its guest out: the disk is full
-    keeps_disks        never lets go of a disk that is to be unplugged
+    keeps_disks        never lets go of a disk or a card that is to be unplugged
     disk_fails         takes no disk that is to be plugged in
+    nic_fails          takes no network card that is to be plugged in
     save_hangs         begins to write its guest out and goes on with that until it is told to stop
 
 Told to put its identity off (a document with the name `warm`), the guest waits again, can be
@@ -142,6 +143,7 @@ class FakeQemu:
         self.migration = "none"
         self.sets: dict[int, list[int]] = {}
         self.nodes: dict[str, dict[str, Any]] = {}
+        self.netdevs: dict[str, int] = {}
         self.plugged: dict[str, dict[str, Any]] = {}
         self.memory = self.open_memory()
         self.booted = False
@@ -430,7 +432,7 @@ class FakeQemu:
         for self.migration in statuses:
             self.event("MIGRATION", {"status": self.migration})
 
-    # Disks plugged in and out
+    # Disks and network cards plugged in and out
 
     def do_add_fd(self) -> dict[str, int]:
         number, descriptor = self.given["fdset-id"], self.monitor.descriptors.pop(0)
@@ -468,8 +470,11 @@ class FakeQemu:
     def do_device_add(self) -> None:
         if self.given["bus"] not in self.ports():
             raise RefusedError(f"Bus '{self.given['bus']}' not found")
-        if self.given["drive"] not in self.nodes or self.given["id"] in self.plugged:
+        behind = self.given.get("drive", self.given.get("netdev"))
+        if behind not in {*self.nodes, *self.netdevs} or self.given["id"] in self.plugged:
             raise RefusedError("fake: no such drive, or a device that is there already")
+        if self.fault == "nic_fails" and "netdev" in self.given:
+            raise RefusedError("fake: no card can be plugged in")
         self.plugged[self.given["id"]] = self.given
 
     def do_device_del(self) -> None:
@@ -490,6 +495,24 @@ class FakeQemu:
     def ports(self) -> list[str]:
         devices = [json.loads(value) for value in self.arguments if value.startswith('{"driver"')]
         return [each["id"] for each in devices if each["driver"] == "pcie-root-port"]
+
+    def do_netdev_add(self) -> None:
+        name, descriptor = self.given["id"], self.state_files.pop(self.given["fd"], None)
+        if name in self.netdevs or descriptor is None:
+            raise RefusedError("fake: no such descriptor, or a backend that is there already")
+        self.netdevs[name] = descriptor
+
+    def do_netdev_del(self) -> None:
+        descriptor = self.netdevs.pop(self.given["id"], None)
+        if descriptor is None:
+            raise RefusedError(f"Device '{self.given['id']}' not found")
+        os.close(descriptor)
+
+    def do_closefd(self) -> None:
+        descriptor = self.state_files.pop(self.given["fdname"], None)
+        if descriptor is None:
+            raise RefusedError(f"File descriptor named '{self.given['fdname']}' not found")
+        os.close(descriptor)
 
     def do_block_resize(self) -> None:
         name = self.given["node-name"]

@@ -52,7 +52,7 @@ SCRIPT = "#!/bin/sh\necho what the script says\nexit 3\n"
 
 IDENTITY = """\
 hostname; cat /etc/machine-id /etc/hosts /etc/ssh/ssh_host_*; grep root: /etc/shadow
-ip -4 -o address show eth0; ip route; cat /root/ran /root/.ssh/authorized_keys
+ip -4 -o address; ip route; cat /root/ran /root/.ssh/authorized_keys
 """
 
 
@@ -63,6 +63,7 @@ def cloud() -> Iterator[GuestCloud]:
         cloud.control("template-import", str(image), "--name", "vendor", "--firmware", "uefi")
         declare_hooked(cloud.root / "declared/hooked", image)
         cloud.build("hooked")
+        cloud.call("network_create", name="lab", subnet="10.73.0.0/24")
         yield cloud
 
 
@@ -86,10 +87,12 @@ def call(cloud: GuestCloud, method: str, **params: Any) -> dict[str, Any]:
     return answer
 
 
-def create(cloud: GuestCloud, name: str, image: str, user_data: str) -> dict[str, Any]:
+def create(
+    cloud: GuestCloud, name: str, image: str, user_data: str, **params: Any
+) -> dict[str, Any]:
     public = cloud.key.with_suffix(".pub").read_text().strip()
     given = {"name": name, "image": image, "ssh_key": [public], "user_data": user_data}
-    return call(cloud, "vm_create", **given, **SHAPE)
+    return call(cloud, "vm_create", **given, **SHAPE, **params)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,9 @@ def making(cloud: GuestCloud) -> Iterator[dict[str, "Future[dict[str, Any]]"]]:
     """Two vms in the making."""
     with ThreadPoolExecutor() as pool:
         yield {
-            "my_web": pool.submit(create, cloud, "my_web", "vendor", CONFIG),
+            "my_web": pool.submit(
+                create, cloud, "my_web", "vendor", CONFIG, network=["default", "lab"]
+            ),
             "broken": pool.submit(create, cloud, "broken", "hooked", SCRIPT),
         }
 
@@ -112,6 +117,9 @@ def test_a_vendors_image_becomes_who_it_is_told(
     assert cloud.ssh(vm, "hostname") == "my-web"
     assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address show eth0")
     assert f"default via {vm['gateway']} " in cloud.ssh(vm, "ip route")
+    assert f"inet {vm['nics'][1]['ip']}/24" in cloud.ssh(vm, "ip -4 -o address show eth1")
+    assert cloud.ssh({**vm, "ip": vm["nics"][1]["ip"]}, "hostname") == "my-web"
+    assert cloud.ssh(vm, "ip route").count("default") == 1
     resolvers = cloud.ssh(vm, "cat /run/systemd/resolve/resolv.conf")
     assert f"nameserver {vm['gateway']}\n" in resolvers
     assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 2.7 * (1 << 20)

@@ -17,7 +17,7 @@ from oscloudd.errors import HostError, InvalidArgumentError, OperationTimeoutErr
 from oscloudd.guest import cloud_init
 from oscloudd.guest.cloud_init import parse_result, wait_cloud_init
 from oscloudd.guest.hooks import Hooks
-from oscloudd.guest.identity import GuestIdentity
+from oscloudd.guest.identity import GuestIdentity, GuestNic
 from oscloudd.guest.seed import build_seed_files, check_user_data, write_seed
 from oscloudd.host.keys import HostKey
 
@@ -69,6 +69,19 @@ def test_the_seed_says_who_the_guest_is() -> None:
     assert card["accept-ra"] is False
     keys = vendor_config(files)["ssh_keys"]
     assert keys == {"ed25519_private": "PRIVATE\n", "ed25519_public": "ssh-ed25519 CCCC\n"}
+
+
+def test_the_seed_names_every_card() -> None:
+    others = (GuestNic("52:54:00:00:00:03", "10.20.0.2", 24),)
+    files = seed(replace(IDENTITY, other_nics=others))
+    cards = json.loads(files["network-config"])["ethernets"]
+    assert cards["eth0"] == json.loads(seed()["network-config"])["ethernets"]["eth0"]
+    assert cards["eth1"] == {
+        "match": {"macaddress": "52:54:00:00:00:03"},
+        "set-name": "eth1",
+        "addresses": ["10.20.0.2/24"],
+        "accept-ra": False,
+    }
 
 
 def test_a_password_is_asked_for_only_where_there_is_one() -> None:

@@ -1,9 +1,11 @@
-"""The parameters of `network_create` turned into what the cloud is asked for."""
+"""What parameters say of networks and of cards in them, turned into what the cloud is asked for."""
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 from oscloudd.api.params import NetworkCreateParams
 from oscloudd.cloud.network_making import NetworkRequest
+from oscloudd.cloud.taken import MOST_NICS, NicRequest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.units import check_name
 
@@ -33,6 +35,32 @@ def build_network(params: NetworkCreateParams) -> NetworkRequest:
         nat=params.nat,
         dns=tuple(_parse_server(text) for text in params.dns),
     )
+
+
+def build_nics(networks: int | str | list[int | str], ip: str | None) -> list[NicRequest]:
+    """Give the cards of a new vm, the first one first; raises InvalidArgumentError."""
+    given = networks if isinstance(networks, list) else [networks]
+    if not 1 <= len(given) <= MOST_NICS:
+        raise InvalidArgumentError(
+            f"network has {len(given)} entries: a vm has one card at least and {MOST_NICS} at most",
+            parameter="network",
+        )
+    first, *others = map(_parse_nic, given)
+    if ip is not None and first.ip is not None:
+        raise InvalidArgumentError(
+            "the first card is given two addresses",
+            hint="leave out ip, or the one with its network",
+            parameter="ip",
+        )
+    return [replace(first, ip=first.ip if ip is None else ip), *others]
+
+
+def _parse_nic(value: int | str) -> NicRequest:
+    if isinstance(value, int):
+        return NicRequest(value)
+    # No name has a comma.
+    name, option, address = value.partition(",ip=")
+    return NicRequest(name, address if option else None)
 
 
 def _parse_subnet(text: str) -> IPv4Network:

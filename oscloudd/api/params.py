@@ -136,11 +136,14 @@ class TemplateWarmParams(TemplateJobParams, frozen=True):
 
 
 class VmCreateParams(Params, frozen=True):
-    """What a new vm is to be; everything but its name has a default."""
+    """What a new vm is to be; everything but its name has a default.
+
+    It has a network card for each `network`, "NAME" or "NAME,ip=ADDRESS"; `ip` is the first one's.
+    """
 
     name: str
     image: str | None = None
-    network: Key = "default"
+    network: Key | list[Key] = "default"
     mem_size: int | str = "1G"
     disk_size: int | str | None = None
     disk: Key | None = None
@@ -155,6 +158,19 @@ class VmCreateParams(Params, frozen=True):
     warm: Literal["auto", "off", "only"] | None = None
     publish: str | list[str] = []
     bandwidth: int | str | None = None
+
+
+class NicAddParams(VmParams, frozen=True):
+    """A vm, the network of its new card, and the card's address there."""
+
+    network: Key
+    ip: str | None = None
+
+
+class NicDeleteParams(VmParams, frozen=True):
+    """A vm and one of its cards, by its slot or by its network's name."""
+
+    nic: Key
 
 
 class VmCloneParams(VmParams, frozen=True):

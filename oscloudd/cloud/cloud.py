@@ -30,6 +30,8 @@ from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
+from oscloudd.cloud.nic_changes import NicChanges
+from oscloudd.cloud.nics import Nics
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.publishing import Publisher
@@ -103,13 +105,14 @@ class Cloud:
         self.templates = Templates(config, database, self.jobs)
         self.disks = Disks(config, database, self.templates, self.jobs)
         data_disks = DataDisks(config, database, self.templates)
+        nics = Nics(database, self.networks)
         self._leftovers = Leftovers(config, database, self.networks, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,
             database,
             self.states,
-            self.networks,
+            nics,
             self.templates,
             user,
             self._accelerator,
@@ -144,12 +147,14 @@ class Cloud:
             slots,
             suspension,
             data_disks,
+            nics,
             self.ports,
             self.names,
             self._rates,
         )
         operations = Operations(database, self.jobs, steps)
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
+        self.nics = NicChanges(database, operations, self._supervisor)
         flattener = Flattener(config, database, self.templates, operations)
         self.exports = Exports(config, database, self.templates, self.jobs, flattener)
         self.publisher = Publisher(database, self.templates, flattener)
@@ -227,8 +232,8 @@ class Cloud:
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self.ports.prepare()
-        await self.names.prepare()
         await self._reconciler.prepare()
+        await self.names.prepare()
 
     def start(self) -> None:
         """Take hold of what runs and keep house, in the background."""

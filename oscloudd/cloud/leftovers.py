@@ -17,6 +17,7 @@ from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.given_ids import GivenIds, read_given_ids, set_aside
 from oscloudd.cloud.networks import Networks
+from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
@@ -214,20 +215,18 @@ class _Rows:
 
 
 def _read_rows() -> _Rows:
-    taps = Vm.select(Vm.tap_interface_idx).tuples()
     bridges = Network.select(Network.bridge_interface_idx).tuples()
     return _Rows(
         read_given_ids(Vm),
         read_given_ids(Disk),
         read_given_ids(Layer),
-        frozenset(f"osctap{index}" for (index,) in taps),
+        frozenset(nic.tap for nic in read_owned_nics()),
         frozenset(f"oscbr{index}" for (index,) in bridges),
     )
 
 
 def _delete_unclaimed(neighbours: list[_Neighbour]) -> list[str]:
-    claims = Vm.select(Network.bridge_interface_idx, Vm.ip).join(Network).tuples()
-    claimed = {(f"oscbr{index}", ip) for index, ip in claims}
+    claimed = {(nic.bridge, nic.ip) for nic in read_owned_nics()}
     removed = []
     for bridge, address in neighbours:
         if (bridge, str(address)) not in claimed:

@@ -6,11 +6,13 @@ A network whose row names servers of its own has none: its guests ask those.
 import asyncio
 import logging
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from ipaddress import IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.nic_records import NicRecord
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
@@ -65,13 +67,13 @@ class Names:
                 await self.end(path.name, _NO_SUBNET)
         # One that is being deleted may have lost its name already, and would keep it.
         vms = [vm for vm in await self._database.run(read_vms) if vm.state != VmState.DELETING]
-        known = {(vm.bridge, str(vm.id)) for vm in vms}
+        known = {(nic.bridge, str(vm.id)) for vm in vms for nic in vm.nics}
         for path in self._directory.glob("*/hosts/*"):
             if (path.parent.parent.name, path.name) not in known:
                 path.unlink()
         for vm in vms:
             self.publish(vm)
-        running = {vm.bridge for vm in vms if vm.is_process_alive()}
+        running = _running_bridges(vms)
         for bridge, subnet, isolated, is_own in networks:
             if bridge in running and not is_own:
                 self._keep(self.server(bridge, subnet, isolated=isolated))
@@ -83,13 +85,18 @@ class Names:
             await self._answered[bridge].wait()
 
     def publish(self, vm: VmRecord) -> None:
-        """Have a vm found by its name; may be called again, and after it got another name."""
-        if self.is_available:
-            write_name(self._server_of(vm), vm.id, vm.ip, hostname_of(vm.name))
+        """Have a vm found by its name in each network it is in, at its address there.
 
-    def forget(self, vm: VmRecord) -> None:
-        """Have a vm found by its name no longer; may be called again."""
-        delete_name(self._server_of(vm), vm.id)
+        May be called again, and after it got another name.
+        """
+        if self.is_available:
+            for nic in vm.nics:
+                write_name(self._server_of(nic), vm.id, nic.ip, hostname_of(vm.name))
+
+    def forget(self, vm: VmRecord, nics: Iterable[NicRecord] | None = None) -> None:
+        """Have a vm found by its name no longer, or not by these cards; may be called again."""
+        for nic in vm.nics if nics is None else nics:
+            delete_name(self._server_of(nic), vm.id)
 
     async def close(self) -> None:
         """Leave the name servers of networks with running vms alone, and end the others."""
@@ -100,7 +107,7 @@ class Names:
             vms = await self._database.run(read_vms)
         except CloudError:  # then nobody can tell which are needed
             return
-        running = {vm.bridge for vm in vms if vm.is_process_alive()}
+        running = _running_bridges(vms)
         for server in self._servers.values():
             if server.bridge not in running:
                 await _end(server)
@@ -127,8 +134,8 @@ class Names:
                 troubles.append(f"that of {server.bridge} may not read below {barrier}")
         return troubles
 
-    def _server_of(self, vm: VmRecord) -> NameServer:
-        return self.server(vm.bridge, IPv4Network(f"{vm.network_ip}/{vm.network_mask}"))
+    def _server_of(self, nic: NicRecord) -> NameServer:
+        return self.server(nic.bridge, IPv4Network(f"{nic.network_ip}/{nic.network_mask}"))
 
     def _keep(self, server: NameServer) -> None:
         if self.is_available and server.bridge not in self._keeping:
@@ -180,6 +187,10 @@ async def _end(server: NameServer) -> None:
     if identity is not None:
         with suppress(NotFoundError):
             await end_session(open_process(identity))
+
+
+def _running_bridges(vms: Iterable[VmRecord]) -> set[str]:
+    return {nic.bridge for vm in vms if vm.is_process_alive() for nic in vm.nics}
 
 
 def _read_networks() -> list[tuple[str, IPv4Network, bool, bool]]:

@@ -15,11 +15,12 @@ from oscloudd.cloud.allocation import first_free_index
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
 from oscloudd.cloud.networks import DEFAULT_NETWORK, NetworkInfo, Networks, read_network
+from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.errors import AlreadyExistsError, InUseError, InvalidArgumentError
 from oscloudd.host.network.links import numbers_in_use
 from oscloudd.host.network.routes import Route, find_next_subnet, find_overlap, list_foreign_routes
 from oscloudd.store.database import Database
-from oscloudd.store.models import Network, Vm
+from oscloudd.store.models import Network
 
 # So many vms are named in the error.
 _NAMED_VMS = 10
@@ -126,12 +127,12 @@ def _delete(key: int | str) -> int:
             hint="a vm is in it where no other network is named",
             parameter="network",
         )
-    names = [name for (name,) in Vm.select(Vm.name).where(Vm.network == network.id).tuples()]
+    names = [nic.vm for nic in read_owned_nics(network.id)]
     if names:
         more = f" and {len(names) - _NAMED_VMS} more" if len(names) > _NAMED_VMS else ""
         raise InUseError(
             f"network {network.name!r} is in use by {', '.join(names[:_NAMED_VMS])}{more}",
-            hint="delete these vms first",
+            hint="delete these vms, or these cards of theirs, first: oscloudctl nic-delete",
             vms=names,
         )
     Network.delete().where(Network.id == network.id).execute()

@@ -18,7 +18,7 @@ from oscloudd.cloud.allocation import count_addresses, gateway_of
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.names import Names
-from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.nic_records import NicRecord, read_owned_nics
 from oscloudd.config import Config
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
 from oscloudd.host.network.firewall import ensure_forwarding
@@ -26,7 +26,7 @@ from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database
-from oscloudd.store.models import Network, Vm
+from oscloudd.store.models import Network
 from oscloudd.units import is_possible_id, parse_key
 
 _log = logging.getLogger(__name__)
@@ -162,17 +162,21 @@ class Networks:
                 await self._names.serve(network.bridge, network.subnet, isolated=network.isolated)
             self._checked[network.id] = now
 
-    async def admit(self, vm: VmRecord) -> None:
-        """Have a vm's addresses known on the host, and allowed to come from its tap."""
+    async def admit(self, nics: Sequence[NicRecord]) -> None:
+        """Have cards' addresses known on the host, and allowed to come from their taps."""
         # The kernel asks for an address it does not know once a second only, and a booting guest
         # misses most of that; and an address that is fixed can't be taken over by another guest.
-        set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
-        await self._firewall.admit(vm)
+        for nic in nics:
+            set_neighbour(nic.bridge, IPv4Address(nic.ip), nic.mac)
+        await self._firewall.admit(nics)
 
-    async def expel(self, vm: VmRecord) -> None:
-        """Forget what `admit` said of a vm that is being deleted."""
-        delete_neighbour(vm.bridge, IPv4Address(vm.ip))
-        await self._firewall.expel(vm)
+    async def expel(
+        self, nics: Sequence[NicRecord], forget: Callable[[], None] | None = None
+    ) -> None:
+        """Forget what `admit` said of cards that go, and then, in a transaction, their rows."""
+        for nic in nics:
+            delete_neighbour(nic.bridge, IPv4Address(nic.ip))
+        await self._firewall.expel(nics, forget)
 
     async def take_down(self, forget: Callable[[], int]) -> NetworkRecord:
         """Remove the bridge and the rules of a network.
@@ -225,8 +229,7 @@ class Networks:
         return await self._database.run(lambda: self._describe(read_network(key)))
 
     def _describe(self, network: NetworkRecord) -> NetworkInfo:
-        query = Vm.select(Vm.name, Vm.ip).where(Vm.network == network.id).order_by(Vm.id)
-        vms = list(query.tuples())
+        nics = read_owned_nics(network.id)
         return NetworkInfo(
             id=network.id,
             name=network.name,
@@ -237,10 +240,10 @@ class Networks:
             isolated=network.isolated,
             nat=network.nat,
             dns=list(self.resolvers(network)),
-            addresses_used=len(vms),
-            addresses_free=count_addresses(network.subnet) - len(vms),
-            vms=[name for name, _ in vms],
-            addresses=[ip for _, ip in vms],
+            addresses_used=len(nics),
+            addresses_free=count_addresses(network.subnet) - len(nics),
+            vms=[nic.vm for nic in nics],
+            addresses=[nic.ip for nic in nics],
             rules=_describe_rules(network),
             created_at=network.created_at,
         )

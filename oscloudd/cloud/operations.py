@@ -13,6 +13,7 @@ from typing import Any
 
 from oscloudd.cloud.job_rows import insert_job, taken_up_again
 from oscloudd.cloud.jobs import Job, Jobs, Order
+from oscloudd.cloud.nic_steps import NicSteps
 from oscloudd.cloud.snapshot_steps import SnapshotSteps
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.cloud.vm_steps import VmSteps
@@ -81,6 +82,9 @@ _PLUGGING = Step(VmSteps.plugging, "plugging the disk in")
 _UNPLUGGING = Step(VmSteps.unplugging, "waiting for the guest to let go", cancellable=True)
 _DETACHED = Step(VmSteps.detached, "forgetting that it had the disk")
 _GROWING = Step(VmSteps.growing, "making the disk larger")
+_PLUGGING_NIC = Step(NicSteps.plugging_nic, "plugging the network card in")
+_UNPLUGGING_NIC = Step(NicSteps.unplugging_nic, "waiting for the guest to let go", cancellable=True)
+_DISMISSING = Step(NicSteps.dismissing, "forgetting that it had the card")
 _FREEZING = Step(SnapshotSteps.freezing, "making an overlay")
 _SWITCHING = Step(SnapshotSteps.switching, "freezing the disk")
 _RECORDING = Step(SnapshotSteps.recording, "writing that down")
@@ -114,6 +118,10 @@ OPERATIONS: dict[str, Operation] = {
     "disk_attach": Operation((_PLUGGING,), VmSteps.undo_attach, owns_state=False),
     "disk_detach": Operation((_UNPLUGGING, _DETACHED), VmSteps.undo_detach, owns_state=False),
     "disk_resize": Operation((_GROWING,), VmSteps.undo_resize, owns_state=False),
+    "nic_add": Operation((_PLUGGING_NIC,), NicSteps.undo_add_nic, owns_state=False),
+    "nic_delete": Operation(
+        (_UNPLUGGING_NIC, _DISMISSING), NicSteps.undo_delete_nic, owns_state=False
+    ),
     "vm_clone": _MAKING,
     "disk_freeze": _KEEPING,
     "snapshot_create": _KEEPING,

@@ -128,6 +128,9 @@ def describe_vm(
                 "identified": bool(vm.identified),
                 "seed_document": document,
                 **{name: getattr(vm, name) for name in _SAME},
+                "nics": [
+                    {"network": nic.network, "ip": nic.ip, "mac": nic.mac} for nic in vm.other_nics
+                ],
             },
             ExportedVm,
         ),

@@ -16,6 +16,7 @@ from oscloudd.cloud.disks import forget_interrupted
 from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, running_jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
+from oscloudd.cloud.nic_records import forget_nic
 from oscloudd.cloud.operations import OPERATIONS, Operations, count_steps
 from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
@@ -198,23 +199,25 @@ class Reconciler:
 
 
 def _end_without_qemus(vms: list[VmRecord], jobs: dict[int, list[JobRow]]) -> None:
-    """End what was being done to the disks of machines that are no more; take it out of `jobs`."""
+    """End plugging in and out of machines that are no more; take it out of `jobs`."""
     for vm in vms:
         if vm.id in jobs and not vm.is_process_alive():
             rows = jobs.pop(vm.id)
             for row in rows:
                 if not OPERATIONS[row.kind].owns_state:
-                    _end_disk_job(row)
+                    _end_plug_job(row)
             if left := [row for row in rows if OPERATIONS[row.kind].owns_state]:
                 jobs[vm.id] = left
 
 
-def _end_disk_job(row: JobRow) -> None:
-    # The rows say what the next machine gets, but for a disk that the guest was to let go of.
+def _end_plug_job(row: JobRow) -> None:
+    # The rows say what the next machine gets, but for what the guest was to let go of.
     params = msgspec.json.decode(row.params)
     undoing = params.get("undoing")
     if row.kind == ("disk_detach" if undoing is None else "disk_attach"):
         detach_disk(params["disk"], row.vm_id)
+    if row.kind == ("nic_delete" if undoing is None else "nic_add"):
+        forget_nic(params["nic"])
     if undoing is None:
         finish_job(row.id, JobState.DONE)
     else:

@@ -21,11 +21,11 @@ from oscloudd.cloud.layers import (
     read_chain,
     remove_layers,
 )
+from oscloudd.cloud.nic_steps import NicSteps
 from oscloudd.cloud.states import LIVE_STATES, VmState, WantedState
 from oscloudd.cloud.suspended_files import SuspendedFiles
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import write_state
-from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.errors import CloudError, HostError
 from oscloudd.host.images import create_overlay, durable, publish
 from oscloudd.machine.live_disk import overlay_node, switch_disk, top_node
@@ -35,7 +35,7 @@ from oscloudd.store.models import Disk, Layer, Snapshot
 _log = logging.getLogger(__name__)
 
 
-class SnapshotSteps(VmSteps):
+class SnapshotSteps(NicSteps):
     """What can be done to a vm, and to what its disk stands on."""
 
     # Freezing

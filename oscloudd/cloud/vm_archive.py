@@ -38,10 +38,19 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int
 
 
-class ExportedVm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExportedNic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A network card beside the first one; `network` is its network's name."""
+
+    network: str
+    ip: str
+    mac: str
+
+
+class ExportedVm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a vm is, and who its guest thinks it is; sizes in bytes.
 
-    `seed_document` is what the guest has yet to be told, "" when its disk has it.
+    `seed_document` is what the guest has yet to be told, "" when its disk has it. Older versions
+    know no `nics`, so a vm with one card has none.
     """
 
     name: str
@@ -57,6 +66,7 @@ class ExportedVm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed_document: str
     autostart: Literal["no", "yes", "last-state"]
     restart: Literal["no", "on-failure", "always"]
+    nics: list[ExportedNic] = []
 
 
 class ExportedTemplate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

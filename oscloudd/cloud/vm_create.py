@@ -12,12 +12,7 @@ from typing import Any
 import msgspec
 from peewee import IntegrityError
 
-from oscloudd.cloud.allocation import (
-    allocate_address,
-    first_free_index,
-    first_free_serial_port,
-    mac_of,
-)
+from oscloudd.cloud.allocation import mac_of
 from oscloudd.cloud.disk_records import check_can_boot, read_disk
 from oscloudd.cloud.disk_sizes import check_room
 from oscloudd.cloud.job_rows import insert_job
@@ -29,6 +24,14 @@ from oscloudd.cloud.port_specs import PortSpec
 from oscloudd.cloud.ports import Ports, insert_ports
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import VmState, WantedState
+from oscloudd.cloud.taken import (
+    Given,
+    NicRequest,
+    allocate,
+    draw_uuid,
+    insert_nic,
+    is_mac_taken,
+)
 from oscloudd.cloud.template_files import Declaration, ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmInfo, describe, read_vm
@@ -45,11 +48,16 @@ from oscloudd.errors import (
     InvalidStateError,
     UnavailableError,
 )
-from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
+from oscloudd.guest.identity import (
+    GuestIdentity,
+    GuestNic,
+    build_document,
+    hostname_of,
+    make_machine_id,
+)
 from oscloudd.host.firmware import check_uefi
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.keys import HostKey, HostKeys
-from oscloudd.host.network.links import numbers_in_use, permanent_addresses
 from oscloudd.host.passwords import hash_password
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Layer, Vm
@@ -72,7 +80,8 @@ class Original:
 class VmRequest:
     """What is asked for, checked as far as it can be without looking at anything.
 
-    A clone has an `original`, and who may log in is on its disk: keys and password are of no use.
+    `network` and `ip` are its first card's, `other_nics` the further ones. A clone has an
+    `original`, and who may log in is on its disk: keys and password are of no use.
     """
 
     name: str
@@ -93,6 +102,7 @@ class VmRequest:
     original: Original | None = None
     publish: tuple[PortSpec, ...] = ()
     bandwidth: int = 0
+    other_nics: tuple[NicRequest, ...] = ()
 
 
 class VmCreator:
@@ -198,8 +208,15 @@ class VmCreator:
     async def _find_warm(self, request: VmRequest, template: ReadyTemplate) -> WarmImage | None:
         """Choose the warm image a new vm begins with; raises InvalidStateError if it must."""
         mode = self._config.warm.mode if request.warm is None else request.warm
-        if mode == "off":
+        # A saved machine has one card, and its guest is told of one.
+        if mode == "off" or (request.other_nics and mode != "only"):
             return None
+        if request.other_nics:
+            raise InvalidArgumentError(
+                "a vm with several network cards can't begin warm",
+                hint="leave warm out, or add the other cards afterwards: oscloudctl nic-add",
+                parameter="warm",
+            )
         shape = Shape(template, request.mem_size, request.cpus, request.disk_size)
         warm = await self._warm_images.find(shape)
         if warm is None and mode == "only":
@@ -276,7 +293,8 @@ class VmCreator:
 
         def check() -> None:
             network = self._check_can_reserve(request)
-            allocate(network, request.ip, None, self._ports.host_ports())
+            host_ports = self._ports.host_ports()
+            allocate(network, request.ip, host_ports, others=request.other_nics)
 
         await self._database.run(check)
 
@@ -311,9 +329,17 @@ class VmCreator:
                 "what was to be cloned has just been deleted", hint="see: oscloudctl vm-list"
             )
         network = self._check_can_reserve(request)
-        unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
-        given = allocate(network, request.ip, spare, self._ports.host_ports())
-        identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
+        unique = draw_uuid() if spare is None else uuid.UUID(spare.uuid)
+        if is_mac_taken(mac_of(unique.hex)):
+            raise UnavailableError("the spare clone has another vm's MAC", hint="try again")
+        given = allocate(
+            network,
+            request.ip,
+            self._ports.host_ports(),
+            others=request.other_nics,
+            tap_index=None if spare is None else spare.tap_index,
+        )
+        identity = self._identity(request, network, given, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
@@ -352,15 +378,17 @@ class VmCreator:
             owner_uid=owner_uid,
             created_at=now,
         )
+        for nic in given.others:
+            insert_nic(vm.id, nic)
         insert_ports(vm.id, vm.name, request.publish)
         return _insert_job(request, vm, None if by_serial else identity, spare)
 
     def _identity(
-        self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey
+        self, request: VmRequest, network: NetworkRecord, given: Given, mac: str, key: HostKey
     ) -> GuestIdentity:
         return GuestIdentity(
             hostname=hostname_of(request.name),
-            address=address,
+            address=given.ip,
             prefix_length=network.subnet.prefixlen,
             gateway=network.gateway,
             mac=mac,
@@ -370,33 +398,13 @@ class VmCreator:
             host_key=key,
             machine_id=make_machine_id(),
             keeps_access=request.original is not None,
+            other_nics=guest_nics(given),
         )
 
 
-@dataclass(frozen=True)
-class Given:
-    """What is allocated to a new vm."""
-
-    ip: str
-    tap_index: int
-    serial_port: int
-
-
-def allocate(
-    network: NetworkRecord, wanted_ip: str | None, spare: Spare | None, host_ports: set[int]
-) -> Given:
-    """Choose in a transaction what nobody has; raises what `allocate_address` does."""
-    taken = list(Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples())
-    addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
-    taps = {tap for _, _, tap, _ in taken}
-    # A vm that no row knows of may run here, as after an older copy of the database was put back.
-    addresses |= permanent_addresses(network.bridge)
-    taps |= numbers_in_use("osctap")
-    return Given(
-        ip=allocate_address(network.subnet, addresses, wanted_ip, network=network.name),
-        tap_index=first_free_index(taps) if spare is None else spare.tap_index,
-        serial_port=first_free_serial_port(host_ports | {port for _, _, _, port in taken}),
-    )
+def guest_nics(given: Given) -> tuple[GuestNic, ...]:
+    """Give what a guest is told of its cards beside the first."""
+    return tuple(GuestNic(nic.mac, nic.ip, nic.network.subnet.prefixlen) for nic in given.others)
 
 
 def _insert_job(

@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -24,9 +24,17 @@ from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.states import VmState, WantedState
+from oscloudd.cloud.taken import (
+    Given,
+    NicRequest,
+    allocate,
+    draw_uuid,
+    insert_nic,
+    is_mac_taken,
+)
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.vm_archive import DISK, SEED, ExportedVm
-from oscloudd.cloud.vm_create import MAX_CPUS, Given, allocate, check_name_is_free
+from oscloudd.cloud.vm_create import MAX_CPUS, check_name_is_free, guest_nics
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
 from oscloudd.cloud.vm_states import VmStates, insert_state_event, write_state
@@ -40,6 +48,7 @@ from oscloudd.host.image_check import check_image
 from oscloudd.host.images import durable
 from oscloudd.host.keys import HostKey, check_public_key, make_host_key
 from oscloudd.host.users import resolve_qemu_user
+from oscloudd.machine.arguments import PORTS
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
 from oscloudd.units import check_name, parse_size
@@ -216,8 +225,9 @@ class VmImporter:
         by_serial = template.declaration.guest.identity == "serial"
         if by_serial and template.kernel is None:
             raise InvalidArgumentError("its guest can't be told: it boots with a kernel of its own")
-        given = allocate(network, None, None, self._ports.host_ports())
-        unique = uuid.uuid4()
+        others = [NicRequest(nic.network) for nic in settings.nics]
+        given = allocate(network, None, self._ports.host_ports(), others=others)
+        unique = draw_uuid()
         identity = GuestIdentity(
             hostname=hostname_of(settings.name),
             address=given.ip,
@@ -230,6 +240,7 @@ class VmImporter:
             host_key=key,
             machine_id=make_machine_id(),
             keeps_access=True,
+            other_nics=guest_nics(given),
         )
         other = msgspec.structs.replace(
             settings,
@@ -254,9 +265,11 @@ class _Made:
 def _check_settings(vm: ExportedVm, request: VmImportRequest) -> ExportedVm:
     """Give what a vm of the file is to be; raises InvalidArgumentError for what none can be."""
     keys = vm.host_keys.splitlines()
+    macs = [vm.mac, *(nic.mac for nic in vm.nics)]
     checks = {
         "uuid": _UUID.fullmatch(vm.uuid),
-        "mac": _MAC.fullmatch(vm.mac),
+        "mac": all(map(_MAC.fullmatch, macs)) and len({*macs}) == len(macs),
+        "nics": len(vm.nics) <= PORTS,
         "cpus": 1 <= vm.cpus <= MAX_CPUS,
         "host_keys": len(keys) <= _MOST_KEYS,
         "seed_document": _DOCUMENT.fullmatch(vm.seed_document),
@@ -276,13 +289,17 @@ def _check_settings(vm: ExportedVm, request: VmImportRequest) -> ExportedVm:
 def _claim(settings: ExportedVm, network: NetworkRecord, host_ports: set[int]) -> Given:
     """Give a vm what it had, in a transaction; raises InUseError where another has it."""
     try:
-        given = allocate(network, settings.ip, None, host_ports)
+        others = [NicRequest(nic.network, nic.ip) for nic in settings.nics]
+        given = allocate(network, settings.ip, host_ports, others=others)
     except (InUseError, InvalidArgumentError) as error:
         error.hint = _KEPT
         raise
-    if Vm.select().where(Vm.mac == settings.mac).exists():
-        raise InUseError(f"mac {settings.mac} belongs to another vm", hint=_KEPT)
-    return given
+    macs = [nic.mac for nic in settings.nics]
+    for mac in (settings.mac, *macs):
+        if is_mac_taken(mac):
+            raise InUseError(f"mac {mac} belongs to another vm", hint=_KEPT)
+    kept = zip(given.others, macs, strict=True)
+    return replace(given, others=tuple(replace(nic, mac=mac) for nic, mac in kept))
 
 
 def _insert_rows(
@@ -314,6 +331,8 @@ def _insert_rows(
         created_at=now,
         **{name: getattr(settings, name) for name in _SAME},
     )
+    for nic in given.others:
+        insert_nic(vm.id, nic)
     insert_state_event(vm.id, vm.name, vm.state, "", vm.wanted_state)
     return read_vm(vm.id)
 

@@ -5,23 +5,30 @@ its transaction would ask the database again, from the wrong thread.
 """
 
 import time
+from collections.abc import Iterable
 from functools import cache
 from ipaddress import IPv4Network
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.nic_records import (
+    FIRST_SLOT,
+    NicRecord,
+    read_all_other_nics,
+    read_other_nics,
+)
 from oscloudd.cloud.states import VmState
 from oscloudd.host.processes import ProcessIdentity, is_same_process
 from oscloudd.store.models import Disk, Network, Port, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
 
 
-class NicInfo(msgspec.Struct, frozen=True):
-    """What a running guest has received and sent since its qemu was started."""
+class NicTraffic(msgspec.Struct, frozen=True):
+    """What a running guest has received and sent by a card since that was plugged in."""
 
     rx_bytes: int
     rx_packets: int
@@ -29,11 +36,26 @@ class NicInfo(msgspec.Struct, frozen=True):
     tx_packets: int
 
 
+class NicInfo(msgspec.Struct, frozen=True):
+    """A network card as it is shown; only `vm_info` counts, and only while the vm runs."""
+
+    slot: int
+    network: str
+    ip: str
+    mac: str
+    tap: str
+    rx_bytes: int | None = None
+    rx_packets: int | None = None
+    tx_bytes: int | None = None
+    tx_packets: int | None = None
+
+
 class VmInfo(msgspec.Struct, frozen=True):
     """The answer of `vm_info`: sizes in bytes, times in seconds since 1970.
 
-    `bandwidth` is in bits a second, null for no limit. `nic` is in that answer only, and null for
-    a vm that does not run.
+    `network`, `ip`, `gateway`, `mac` and `nic` are its first card's. `bandwidth` is each card's, in
+    bits a second, null for no limit. `nic` is in that answer only, and null for a vm that does not
+    run.
     """
 
     id: int
@@ -66,7 +88,8 @@ class VmInfo(msgspec.Struct, frozen=True):
     timings: dict[str, float]
     ports: list[str]
     bandwidth: int | None
-    nic: NicInfo | msgspec.UnsetType | None = msgspec.UNSET
+    nics: list[NicInfo]
+    nic: NicTraffic | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class VmRecord(msgspec.Struct, frozen=True):
@@ -112,10 +135,28 @@ class VmRecord(msgspec.Struct, frozen=True):
     created_at: float
     ports: str | None  # forwarded ones, with commas between
     bandwidth: int  # bits a second, 0 for any
+    other_nics: tuple[NicRecord, ...] = ()
+
+    @property
+    def nics(self) -> tuple[NicRecord, ...]:
+        """All its network cards, by slot."""
+        first = NicRecord(
+            id=None,
+            slot=FIRST_SLOT,
+            network_id=self.network_id,
+            network=self.network,
+            network_ip=self.network_ip,
+            network_mask=self.network_mask,
+            bridge_index=self.bridge_index,
+            ip=self.ip,
+            mac=self.mac,
+            tap_index=self.tap_index,
+        )
+        return (first, *self.other_nics)
 
     @property
     def tap(self) -> str:
-        """The name of its network interface on the host."""
+        """The name of its first card's network interface on the host."""
         return f"osctap{self.tap_index}"
 
     @property
@@ -191,13 +232,17 @@ def _statement(key: Literal["id", "name"] | None) -> str:
 
 def read_vms() -> list[VmRecord]:
     """Read every vm, inside a transaction."""
-    return [VmRecord(*row) for row in database_proxy.execute_sql(_statement(None))]
+    others = read_all_other_nics()
+    return [
+        _record(row, tuple(others.get(row[0], ())))
+        for row in database_proxy.execute_sql(_statement(None))
+    ]
 
 
 def find_vm(vm_id: int) -> VmRecord | None:
     """Read the vm of this id, inside a transaction."""
     row = database_proxy.execute_sql(_statement("id"), (vm_id,)).fetchone()
-    return None if row is None else VmRecord(*row)
+    return None if row is None else _record(row, read_other_nics(vm_id))
 
 
 def read_vm(key: int | str) -> VmRecord:
@@ -208,7 +253,11 @@ def read_vm(key: int | str) -> VmRecord:
     row = database_proxy.execute_sql(statement, (key,)).fetchone() if in_range else None
     if row is None:
         raise missing("vm", key)
-    return VmRecord(*row)
+    return _record(row, read_other_nics(row[0]))
+
+
+def _record(row: Iterable[Any], other_nics: tuple[NicRecord, ...]) -> VmRecord:
+    return VmRecord(*(*row, other_nics))
 
 
 def describe(vm: VmRecord) -> VmInfo:
@@ -245,6 +294,7 @@ def describe(vm: VmRecord) -> VmInfo:
         timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
         ports=sorted(vm.ports.split(",")) if vm.ports else [],
         bandwidth=vm.bandwidth or None,
+        nics=[NicInfo(nic.slot, nic.network, nic.ip, nic.mac, nic.tap) for nic in vm.nics],
     )
 
 

@@ -21,6 +21,20 @@ _LINE_LENGTH = 76
 
 
 @dataclass(frozen=True)
+class GuestNic:
+    """A network card beside the first one: no route goes out there but to its own network."""
+
+    mac: str
+    address: str
+    prefix_length: int
+
+    @property
+    def with_prefix(self) -> str:
+        """The address with its prefix length."""
+        return f"{self.address}/{self.prefix_length}"
+
+
+@dataclass(frozen=True)
 class GuestIdentity:
     """All that makes one guest different from another of the same template."""
 
@@ -35,6 +49,7 @@ class GuestIdentity:
     host_key: HostKey
     machine_id: str
     keeps_access: bool = False  # password and keys are those its disk has already
+    other_nics: tuple[GuestNic, ...] = ()
 
 
 def hostname_of(name: str) -> str:
@@ -68,6 +83,9 @@ def build_document(identity: GuestIdentity) -> str:
     }
     if identity.keeps_access:
         values["keep_access"] = "1"
+    if identity.other_nics:
+        lines = (f"{nic.mac} {nic.with_prefix}\n" for nic in identity.other_nics)
+        values["other_nics"] = "".join(lines)
     return "".join(_line(name, value.encode()) for name, value in values.items())
 
 

@@ -121,19 +121,25 @@ def _boothook(identity: GuestIdentity, hooks: Hooks) -> str:
 
 
 def _network_config(identity: GuestIdentity) -> dict[str, Any]:
+    first = {
+        **_card("eth0", identity.mac, f"{identity.address}/{identity.prefix_length}"),
+        "routes": [{"to": "default", "via": identity.gateway}],
+        "nameservers": {"addresses": [*identity.dns]},
+    }
+    others = {
+        f"eth{number}": _card(f"eth{number}", nic.mac, nic.with_prefix)
+        for number, nic in enumerate(identity.other_nics, 1)
+    }
+    return {"version": 2, "ethernets": {"eth0": first, **others}}
+
+
+def _card(name: str, mac: str, address: str) -> dict[str, Any]:
     return {
-        "version": 2,
-        "ethernets": {
-            "eth0": {
-                "match": {"macaddress": identity.mac},
-                "set-name": "eth0",
-                "addresses": [f"{identity.address}/{identity.prefix_length}"],
-                "routes": [{"to": "default", "via": identity.gateway}],
-                "nameservers": {"addresses": [*identity.dns]},
-                # Nobody advertises routes here, and networkd would have the boot wait 12 s for it.
-                "accept-ra": False,
-            }
-        },
+        "match": {"macaddress": mac},
+        "set-name": name,
+        "addresses": [address],
+        # Nobody advertises routes here, and networkd would have the boot wait 12 s for it.
+        "accept-ra": False,
     }
 
 

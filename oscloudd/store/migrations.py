@@ -15,7 +15,14 @@ from peewee import SqliteDatabase
 
 from oscloudd.errors import HostError
 from oscloudd.store.backend import Backend
-from oscloudd.store.models import LATER_TABLES, PORT_TABLES, SNAPSHOT_TABLES, TABLES, Meta
+from oscloudd.store.models import (
+    LATER_TABLES,
+    NIC_TABLES,
+    PORT_TABLES,
+    SNAPSHOT_TABLES,
+    TABLES,
+    Meta,
+)
 
 _VERSION = "schema_version"
 
@@ -77,6 +84,10 @@ def _bandwidth(database: Any) -> None:
     _add_columns(database, "vm", {"bandwidth": "BIGINT NOT NULL DEFAULT 0"})
 
 
+def _nics(database: Any) -> None:
+    database.create_tables(NIC_TABLES)
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -93,6 +104,7 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _snapshots,
     _ports,
     _bandwidth,
+    _nics,
 )
 
 

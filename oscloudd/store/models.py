@@ -146,6 +146,28 @@ class Vm(Table):
         indexes = ((("network", "ip"), True),)
 
 
+class Nic(Table):
+    """A network card that a vm has beside its first one, which is in the vm's own row."""
+
+    id = IdField()
+    vm = ForeignKeyField(Vm, backref="nics", on_delete="RESTRICT")
+    network = ForeignKeyField(Network, on_delete="RESTRICT")
+    ip = CharField(max_length=15)
+    mac = CharField(max_length=17, unique=True)
+    tap_interface_idx = IntegerField(unique=True)
+    slot = IntegerField()  # in which of the vm's ports it is plugged
+    created_at = DoubleField()
+
+    class Meta:
+        """Across this table and the vms' only `cloud.taken` can tell what is free."""
+
+        indexes = (
+            (("network", "ip"), True),
+            (("vm", "slot"), True),
+            (("vm", "network"), True),
+        )
+
+
 class Snapshot(Table):
     """A layer that a user has named, to come back to."""
 
@@ -223,3 +245,4 @@ TABLES = (Network, Disk, Vm, Job)
 LATER_TABLES = (Event, Meta)
 SNAPSHOT_TABLES = (Layer, Snapshot)
 PORT_TABLES = (Port,)
+NIC_TABLES = (Nic,)
