@@ -61,6 +61,8 @@ COMMANDS: dict[str, Entry] = {
     "network-info": Entry(_NETWORK, "network", "Show all there is to know about networks."),
     "network-create": Entry(_NETWORK, "network", "Make a network for vms; a name is enough."),
     "network-delete": Entry(_NETWORK, "network", "Delete networks that no vm is in."),
+    "nic-add": Entry(_NETWORK, "nic", "Give a vm a card in one more network, at once if it runs."),
+    "nic-delete": Entry(_NETWORK, "nic", "Take a network card from a vm, at once if it runs."),
     "port-add": Entry(_NETWORK, "port", "Let ports of the host lead to a vm."),
     "port-list": Entry(_NETWORK, "port", "List the forwarded ports."),
     "port-delete": Entry(_NETWORK, "port", "Let ports of the host lead nowhere."),
