@@ -35,6 +35,10 @@ _SUFFIXES = (".qcow2", ".qcow", ".img", ".raw", ".image", ".bin")
     "--firmware", type=click.Choice(["bios", "uefi"]),
     help="What its boot loader is for.  [default: bios]",
 )  # fmt: skip
+@click.option(
+    "--identity", type=click.Choice(["cloud-init", "dhcp"]),
+    help="How its guests learn who they are.  [default: cloud-init]",
+)  # fmt: skip
 @click.option("--os", metavar="WORDS", help="Its operating system, for lists.  [default: its name]")
 @no_wait_option
 @output_options
@@ -47,6 +51,7 @@ def template_import(
     sha256: str | None,
     image_format: str | None,
     firmware: str | None,
+    identity: str | None,
     os: str | None,
     *,
     no_wait: bool,
@@ -55,9 +60,13 @@ def template_import(
 ) -> None:
     """Make a template of an image you have.
 
-    It is a disk image, qcow2 or raw, with cloud-init in it: a file that you can read, or what is at
-    an http:// or https:// address, which the daemon downloads itself. The image is kept as it is,
-    once its own bytes have shown that it is whole and names no other file.
+    It is a disk image, qcow2 or raw: a file that you can read, or what is at an http:// or https://
+    address, which the daemon downloads itself. The image is kept as it is, once its own bytes have
+    shown that it is whole and names no other file.
+
+    With cloud-init in it, its guests get their names, keys and all else. One without is for
+    --identity dhcp: its guests are told their address when they ask, and have the accounts and
+    keys that are in the image.
     """
     is_url = is_address(source)
     if no_wait and not is_url:
@@ -70,8 +79,8 @@ def template_import(
             upload=upload, name=chosen, url=source if is_url else None,
             size=None if upload is None else upload.size_bytes,
             file_name=None if is_url else Path(source).name,
-            sha256=sha256, format=image_format, firmware=firmware, os=os,
-            wait=False if no_wait else None,
+            sha256=sha256, format=image_format, firmware=firmware,
+            identity=identity, os=os, wait=False if no_wait else None,
         )  # fmt: skip
     if as_json or ids_only:
         print_objects([answer], as_json=as_json, ids_only=ids_only)

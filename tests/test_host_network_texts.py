@@ -1,7 +1,7 @@
 """What is said to `ip` and `nft` and read from them: pure functions."""
 
 import tempfile
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
@@ -116,13 +116,18 @@ def test_rules_of_forwarded_ports() -> None:
 
 
 def test_a_name_server_is_confined_by_systemd() -> None:
-    server = NameServer("oscbr0", IPv4Address("192.168.0.1"), Path("/run/oscloud/names/oscbr0"))
+    server = NameServer(
+        "oscbr0", IPv4Interface("192.168.0.1/16"), Path("/run/oscloud/names/oscbr0")
+    )
     argv = build_name_server(server, "dnsmasq")
     assert argv == [
         "dnsmasq", "--conf-file=/dev/null", "--user=dnsmasq",
         "--pid-file=/run/oscloud/names/oscbr0/pid", "--interface=oscbr0", "--except-interface=lo",
         "--bind-dynamic", "--no-hosts", "--hostsdir=/run/oscloud/names/oscbr0/hosts",
-        "--local=/oscloud/", "--domain-needed",
+        "--local=/oscloud/", "--domain-needed", "--domain=oscloud",
+        "--dhcp-range=192.168.0.0,static,255.255.0.0,infinite",
+        "--dhcp-hostsfile=/run/oscloud/names/oscbr0/addresses", "--dhcp-authoritative",
+        "--leasefile-ro", "--no-ping", "--dhcp-broadcast",
     ]  # fmt: skip
     service = build_names_service(argv, server)
     assert service[:4] == ["systemd-run", "--quiet", "--collect", f"--unit={server.unit}"]
@@ -134,7 +139,7 @@ def test_a_name_server_is_confined_by_systemd() -> None:
 def test_what_keeps_a_name_server_from_its_names_is_found() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as top:
         root = Path(top)
-        server = NameServer("oscbr0", IPv4Address("192.168.0.1"), root / "run/names/oscbr0")
+        server = NameServer("oscbr0", IPv4Interface("192.168.0.1/16"), root / "run/names/oscbr0")
         server.hosts.mkdir(parents=True)
         assert find_barrier(server) == root
         root.chmod(0o755)

@@ -166,6 +166,22 @@ def test_one_whose_network_a_dead_daemon_was_deleting_is_ended(box: Box) -> None
     assert not directory.exists()
 
 
+def test_one_started_with_other_options_is_replaced(box: Box) -> None:
+    vm = box.create("web")
+    box.end(signal.SIGKILL)
+    first = server(box)
+    command = Path(f"/proc/{first}/cmdline").read_text().split("\0")[:-1]
+    with ended(first):
+        os.kill(first, signal.SIGTERM)
+    # As the version before this one started it.
+    older = [option for option in command if "dhcp" not in option]
+    subprocess.run(["ip", "netns", "exec", box.namespace, *older], check=True)
+    with ended(server(box)):
+        box.start()
+    until_answer(box, "web.oscloud", vm["ip"])
+    assert Path(f"/proc/{server(box)}/cmdline").read_text().split("\0")[:-1] == command
+
+
 @contextmanager
 def ended(pid: int) -> Iterator[None]:
     """See that a process ends by what is done inside."""

@@ -39,6 +39,7 @@ def build_import(params: TemplateImportParams) -> ImportRequest:
         format=params.format,
         os=_words(params.os, "os") or params.name,
         firmware=params.firmware,
+        identity=params.identity,
     )
 
 

@@ -124,6 +124,7 @@ class TemplateImportParams(Params, frozen=True):
     format: Literal["qcow2", "raw"] | None = None
     os: str = ""
     firmware: Literal["bios", "uefi"] = "bios"
+    identity: Literal["cloud-init", "dhcp"] = "cloud-init"
     wait: bool = True
 
 

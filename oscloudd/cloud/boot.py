@@ -1,6 +1,7 @@
 """Seeing a guest through its boot: its serial port open, its identity told, and until it is ready.
 
-It is when its sshd greets and, where it has cloud-init, that has ended.
+It is when its sshd greets and, where it has cloud-init, that has ended. One that is told nothing
+but its address may have no sshd: it is when its address answers.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.guest.cloud_init import wait_cloud_init
 from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity
-from oscloudd.guest.readiness import wait_ssh_banner
+from oscloudd.guest.readiness import ADDRESS, SSH, Sign, wait_sign, wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
 from oscloudd.machine.telnet import TelnetServer
 
@@ -84,9 +85,11 @@ class Boot:
             await self._until_told(vm, keeping)
             held.timings["identity"] = time.monotonic() - began
         held.identified.set()
-        held.on_stage("ready", f"waiting for sshd at {vm.ip}")
+        is_told = bool(vm.host_keys)
+        sign = SSH if is_told else ADDRESS
+        held.on_stage("ready", f"waiting for {sign} at {vm.ip}")
         began = time.monotonic()
-        await self._wait_ssh(vm, may_take_longer=keeping is None)
+        await _wait_sign(vm, sign, may_take_longer=keeping is None and (is_told or not is_new))
         held.timings["banner"] = time.monotonic() - began
         if vm_paths(self._config, vm.id, vm.disk_id).seed.exists():
             began = time.monotonic()
@@ -181,16 +184,17 @@ class Boot:
             answers.cancel()
             await asyncio.gather(answers, return_exceptions=True)
 
-    async def _wait_ssh(self, vm: VmRecord, *, may_take_longer: bool) -> None:
-        while True:
-            try:
-                await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
-            except OperationTimeoutError:
-                # Checking a large disk may take an old guest longer; a new one has none.
-                if not may_take_longer:
-                    raise
-            else:
-                return
+
+async def _wait_sign(vm: VmRecord, sign: Sign, *, may_take_longer: bool) -> None:
+    while True:
+        try:
+            await wait_sign(vm.ip, sign, timeout_seconds=BOOT_SECONDS)
+        except OperationTimeoutError:
+            # Checking a large disk may take an old guest longer; a new one has none.
+            if not may_take_longer:
+                raise
+        else:
+            return
 
 
 async def _open_port(vm: VmRecord, held: Held) -> TelnetServer:

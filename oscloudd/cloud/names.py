@@ -1,4 +1,4 @@
-"""Names of guests: each network's name server kept running, and told which guest has which name.
+"""Names of guests: each network's name server kept running, and told which guest is who.
 
 A network whose row names servers of its own has none: its guests ask those.
 """
@@ -7,7 +7,7 @@ import asyncio
 import logging
 import shutil
 from contextlib import suppress
-from ipaddress import IPv4Network
+from ipaddress import IPv4Interface, IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
@@ -18,12 +18,13 @@ from oscloudd.errors import CloudError, NotFoundError
 from oscloudd.guest.identity import hostname_of
 from oscloudd.host.network.name_server import (
     NameServer,
-    delete_name,
+    delete_guest,
     find_barrier,
     find_name_server,
     is_installed,
+    is_outdated,
     start_name_server,
-    write_name,
+    write_guest,
 )
 from oscloudd.host.processes import open_process
 from oscloudd.host.sessions import end_session
@@ -54,7 +55,8 @@ class Names:
 
     def server(self, bridge: str, subnet: IPv4Network, *, isolated: bool = False) -> NameServer:
         """Give where a network's name server is."""
-        return NameServer(bridge, gateway_of(subnet), self._directory / bridge, isolated)
+        gateway = IPv4Interface((gateway_of(subnet), subnet.prefixlen))
+        return NameServer(bridge, gateway, self._directory / bridge, isolated)
 
     async def prepare(self) -> None:
         """Write down the names of all vms, and serve where vms run; forget who is gone."""
@@ -66,7 +68,7 @@ class Names:
         # One that is being deleted may have lost its name already, and would keep it.
         vms = [vm for vm in await self._database.run(read_vms) if vm.state != VmState.DELETING]
         known = {(vm.bridge, str(vm.id)) for vm in vms}
-        for path in self._directory.glob("*/hosts/*"):
+        for path in (*self._directory.glob("*/hosts/*"), *self._directory.glob("*/addresses/*")):
             if (path.parent.parent.name, path.name) not in known:
                 path.unlink()
         for vm in vms:
@@ -83,13 +85,15 @@ class Names:
             await self._answered[bridge].wait()
 
     def publish(self, vm: VmRecord) -> None:
-        """Have a vm found by its name; may be called again, and after it got another name."""
+        """Have a vm found by its name, and told its address when it asks; may be called again, and
+        after it got another name.
+        """
         if self.is_available:
-            write_name(self._server_of(vm), vm.id, vm.ip, hostname_of(vm.name))
+            write_guest(self._server_of(vm), vm.id, vm.mac, vm.ip, hostname_of(vm.name))
 
     def forget(self, vm: VmRecord) -> None:
         """Have a vm found by its name no longer; may be called again."""
-        delete_name(self._server_of(vm), vm.id)
+        delete_guest(self._server_of(vm), vm.id, vm.mac, vm.ip)
 
     async def close(self) -> None:
         """Leave the name servers of networks with running vms alone, and end the others."""
@@ -161,6 +165,8 @@ class Names:
 
     async def _until_ended(self, server: NameServer) -> None:
         """Start the name server unless an earlier daemon has, and see its end."""
+        if is_outdated(server):
+            await _end(server)
         identity = find_name_server(server)
         if identity is None:
             await start_name_server(server)

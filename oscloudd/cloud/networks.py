@@ -20,6 +20,7 @@ from oscloudd.cloud.missing import missing
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
+from oscloudd.errors import InvalidStateError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
 from oscloudd.host.network.firewall import ensure_forwarding
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
@@ -213,6 +214,19 @@ class Networks:
         if network.isolated:
             return ()
         return tuple(str(address) for address in host_resolvers())
+
+    def check_serves_dhcp(self, network: NetworkRecord) -> None:
+        """Raise InvalidStateError where nobody would tell a guest its address."""
+        if network.dns:
+            raise InvalidStateError(
+                f"network {network.name} has name servers of its own, and then no DHCP",
+                hint="choose a network made without --dns, or an image with cloud-init",
+            )
+        if not self._names.is_available:
+            raise InvalidStateError(
+                "guests of this image ask for their address by DHCP, and dnsmasq is not installed",
+                hint="apt-get install dnsmasq-base",
+            )
 
     async def list(self) -> list[NetworkInfo]:
         """Describe every network."""

@@ -20,6 +20,7 @@ FILES = "files.tar.gz"
 
 
 Firmware = Literal["bios", "uefi"]
+Identity = Literal["serial", "cloud-init", "dhcp"]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,16 +63,17 @@ class PlacedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[guest]: how it is told who it is, its login prompt, and what is done in it at first boot.
 
-    `commands` and `files` are for cloud-init: a template that is built does all that in `build`.
+    By "dhcp" it is told its address and hostname and nothing else. `commands` and `files` are for
+    cloud-init: a template that is built does all that in `build`.
     """
 
-    identity: Literal["serial", "cloud-init"]
+    identity: Identity
     login_prompt: str = "login:"
     commands: list[str] = []
     files: dict[str, PlacedFile] = {}
 
     def __post_init__(self) -> None:
-        if self.identity == "serial" and (self.commands or self.files):
+        if self.identity != "cloud-init" and (self.commands or self.files):
             raise ValueError("commands and files are for an identity by cloud-init")
 
 

@@ -19,6 +19,7 @@ from oscloudd.cloud.template_files import (
     Declaration,
     Firmware,
     Guest,
+    Identity,
     Image,
     Source,
     format_declaration,
@@ -57,6 +58,7 @@ class ImportRequest:
     format: ImageFormat | None
     os: str
     firmware: Firmware
+    identity: Identity
 
 
 class TemplateMaker:
@@ -98,7 +100,7 @@ class TemplateMaker:
             description=f"imported from {request.source}",
             os=request.os,
             source=Source(kind="import", url=request.url, format=judged.format),
-            guest=Guest(identity="cloud-init"),
+            guest=Guest(identity=request.identity),
             boot=Boot(firmware=request.firmware),
             image=Image(file=file_name, format=judged.format),
         )

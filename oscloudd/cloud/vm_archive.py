@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from oscloudd.cloud.template_files import Identity
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.checksums import parse_checksums
 
@@ -65,7 +66,7 @@ class ExportedTemplate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     os: str
     cmdline: str
-    identity: Literal["serial", "cloud-init"]
+    identity: Identity
     login_prompt: str
     min_mem_size: str
 

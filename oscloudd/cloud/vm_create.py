@@ -314,12 +314,14 @@ class VmCreator:
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
         given = allocate(network, request.ip, spare, self._ports.host_ports())
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
-        by_serial = template.declaration.guest.identity == "serial"
+        told_by = template.declaration.guest.identity
+        if told_by == "dhcp":
+            self._networks.check_serves_dhcp(network)
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
         if request.disk is not None:
             there = read_disk(request.disk)
-            check_can_boot(there, takes_identity_once=by_serial)
+            check_can_boot(there, takes_identity_once=told_by == "serial")
             disk_id = there.id
         else:
             disk_id = Disk.create(
@@ -344,8 +346,8 @@ class VmCreator:
             qemu_serial_port=given.serial_port,
             state=VmState.CREATING,
             wanted_state=WantedState.RUNNING,
-            host_keys=key.public,
-            seed_document=build_document(identity) if by_serial else "",
+            host_keys="" if told_by == "dhcp" else key.public,
+            seed_document=build_document(identity) if told_by == "serial" else "",
             autostart=request.autostart,
             restart=request.restart,
             bandwidth=request.bandwidth,
@@ -353,7 +355,7 @@ class VmCreator:
             created_at=now,
         )
         insert_ports(vm.id, vm.name, request.publish)
-        return _insert_job(request, vm, None if by_serial else identity, spare)
+        return _insert_job(request, vm, identity if told_by == "cloud-init" else None, spare)
 
     def _identity(
         self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey

@@ -213,7 +213,10 @@ class VmImporter:
         if key is None:
             given = _claim(settings, network, self._ports.host_ports())
             return _Made(_insert_rows(settings, given, network, template, owner_uid), {})
-        by_serial = template.declaration.guest.identity == "serial"
+        told_by = template.declaration.guest.identity
+        if told_by == "dhcp":
+            raise InvalidArgumentError("its guest can't be told: it asks for its address only")
+        by_serial = told_by == "serial"
         if by_serial and template.kernel is None:
             raise InvalidArgumentError("its guest can't be told: it boots with a kernel of its own")
         given = allocate(network, None, None, self._ports.host_ports())
