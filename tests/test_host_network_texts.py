@@ -134,6 +134,7 @@ def test_a_name_server_is_confined_by_systemd() -> None:
     assert service[service.index("--") + 1 :] == argv
     assert "--property=TemporaryFileSystem=/run/oscloud:mode=0755" in service
     assert "--property=BindPaths=/run/oscloud/names/oscbr0" in service
+    assert {"--property=MemoryMax=64M", "--property=TasksMax=32"} <= set(service)
 
 
 def test_what_keeps_a_name_server_from_its_names_is_found() -> None:

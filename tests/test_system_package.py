@@ -170,6 +170,8 @@ def test_ports_and_names_work_as_confined_as_it_is(host: Host, web: dict[str, An
     unit = "oscloud-names-oscbr0.service"
     assert host.run("systemctl", "is-active", unit) == "active"
     assert str(web["ip"]) in host.ssh("web", "nslookup web.oscloud")
+    asked = "udhcpc -i eth0 -n -q -t 10 -s /bin/true 2>&1"
+    assert f"lease of {web['ip']} obtained" in host.ssh("web", asked)
     pid = host.show(unit, "MainPID")
     host.run("systemctl", "restart", "oscloudd")
     host.run("systemctl", "kill", "--signal=KILL", "oscloudd")

@@ -185,6 +185,10 @@ def build_names_service(argv: list[str], server: NameServer) -> list[str]:
         f"PIDFile={server.pid_file}",
         "Slice=oscloud.slice",
         f"CapabilityBoundingSet={capabilities}",
+        # What guests can have it do is bounded: 150 questions at once, a process for each of 20
+        # TCP connections, and a cache of 150 names (dnsmasq's own defaults).
+        "MemoryMax=64M",
+        "TasksMax=32",
         "NoNewPrivileges=yes",
         "ProtectSystem=strict",
         "ProtectHome=yes",
