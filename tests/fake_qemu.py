@@ -148,6 +148,7 @@ class FakeQemu:
         self.in_memory = ""
         self.identity_lines: list[str] | None = None
         self.is_warm = False
+        self.has_cloud_init = False
         self.typed = b""
         self.told = b""
         self.commands = b""
@@ -511,11 +512,24 @@ class FakeQemu:
         if self.fault == "shutdown_after_cont":
             self.end("guest-shutdown")
         self.print("Linux version 0.0-fake\n")
-        if self.is_somebody():
+        if "seed-file" in self.files():
+            self.read_seed()
+        elif self.is_somebody():
             self.login()
         else:
             self.identity_lines = []
             self.print("oscloud-identity: ready\n")
+
+    def read_seed(self) -> None:
+        """Be who the seed says, or wait to be told where it has a program for that."""
+        seed = os.pread(self.files()["seed-file"], 1 << 20, 0)
+        if re.search(rb"agent=[^']", seed):
+            self.is_warm = True
+            self.print("oscloud-identity: warm\n")
+            return
+        self.write_mark(MARK)
+        self.has_cloud_init = True
+        self.login()
 
     def read_mark(self) -> bytes:
         return self.mark_in(self.marked())
@@ -587,7 +601,13 @@ class FakeQemu:
         self.login()
 
     def read_channel(self, data: bytes) -> None:
-        """Take what a clone is told: a document, which ends with "return", or to rest."""
+        """Take what a clone is told: a document, which ends with "return", or to rest.
+
+        A guest that has booted with cloud-init is asked how that has ended.
+        """
+        if self.has_cloud_init:
+            self.channel.send(b'oscloud-cloud-init: ended: {"v1": {"errors": []}}\n')
+            return
         self.told += data
         if self.told == b"rest\n":
             self.told = b""

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from bad_images import qcow2
 from cloud_accounts import Question, check_accounted, settle, settle_or_die, tail
 from daemon_process import IMAGE, LIMIT_SECONDS
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death
+from test_rpc_templates import send
 
 from oscloudd.cloud.layers import MAX_LAYERS
 from oscloudd.cloud.operations import OPERATIONS
@@ -162,11 +164,15 @@ CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
     "publish": ["8080:80", "0.0.0.0:5353:53/udp"],
 }  # fmt: skip
+BY_CLOUD_INIT = {"image": "vendor", "mem_size": "128M", "disk_size": "64M"}
 ON_DISK = {"name": "web", "ip": ADDRESS, "mem_size": "64M", "disk": "data", "wait": "ready"}
 ON_WEB = {"vm": "web", "disk": "data"}
 CASES = {
     "vm_create": Case("vm_create", CREATION, None, runs, gone),
     "vm_create warm": Case("vm_create", CREATION | {"warm": "only"}, None, runs, gone),
+    "vm_create warm, with cloud-init": Case(
+        "vm_create", CREATION | BY_CLOUD_INIT | {"warm": "only"}, None, runs, gone
+    ),
     "vm_start": Case("vm_start", {"vm": "web"}, "STOPPED", runs, unchanged),
     "vm_stop": Case("vm_stop", {"vm": "web"}, "RUNNING", is_off, unchanged),
     "vm_delete": Case("vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged),
@@ -279,8 +285,11 @@ class Bench:
             self.box.start()
             for address in (ADDRESS, OTHER_ADDRESS, COPY_ADDRESS):
                 self._stack.enter_context(self.box.sshd_at(address))
-            shape = {name: CREATION[name] for name in ("mem_size", "disk_size")}
-            self.box.call("template_warm", template=IMAGE, **shape)
+            send(self.box, BY_CLOUD_INIT["image"], qcow2())
+            for creation in (CREATION, {**CREATION, **BY_CLOUD_INIT}):
+                shape = {name: creation[name] for name in ("mem_size", "disk_size")}
+                template = creation.get("image", IMAGE)
+                self.box.call("template_warm", template=template, **shape)
             self.bystander = self.box.create("shop", ip=OTHER_ADDRESS, wait="ready")
         return self.box
 
@@ -327,7 +336,7 @@ def count_plugged(box: ZygoteBox, vm: dict[str, Any]) -> int:
 def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     """Have `web` as the case wants it; give it as it is."""
     for vm in others(box).values():
-        if vm["name"] != "web" or case.before is None:
+        if vm["name"] != "web" or case.before is None or vm["os"] == BY_CLOUD_INIT["image"]:
             box.call("vm_delete", vm=vm["id"], force=True)
     prepare_disk(box, case)
     if case.before is None:

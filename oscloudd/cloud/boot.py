@@ -88,10 +88,12 @@ class Boot:
         began = time.monotonic()
         await self._wait_ssh(vm, may_take_longer=keeping is None)
         held.timings["banner"] = time.monotonic() - began
-        if vm_paths(self._config, vm.id, vm.disk_id).seed.exists():
+        if self._has_seed(vm) and vm.started == "cold":
             began = time.monotonic()
             await self._wait_cloud_init(vm, held, is_new=is_new)
             held.timings["cloud_init"] = time.monotonic() - began
+            if document:  # it was to begin warm
+                await self._states.record_kept(vm.id)
         await self._states.record_ready(vm.id, held.timings)
 
     async def _wait_cloud_init(self, vm: VmRecord, held: Held, *, is_new: bool) -> None:
@@ -124,7 +126,12 @@ class Boot:
     def _attend_document(
         self, vm: VmRecord, held: Held, document: str
     ) -> "asyncio.Task[None] | None":
-        """See that the guest keeps what it is told, in the background; None when it has."""
+        """See that the guest keeps what it is told, in the background; None when it has.
+
+        One that boots with a seed is told by that.
+        """
+        if self._has_seed(vm) and vm.started == "cold":
+            return None
         if document and held.keeping is None:
             keeping = self._until_kept(vm, held, document)
             held.keeping = asyncio.create_task(keeping, name=f"vm {vm.id} identity")
@@ -134,11 +141,13 @@ class Boot:
     async def _until_kept(self, vm: VmRecord, held: Held, document: str) -> None:
         """Wait until the guest's disk has its identity, and forget what it was told.
 
-        A boot that finds none asks for it: the first one, and that of a clone which ended before
-        it had kept what it was told.
+        A boot that finds none asks for it, if there is no seed: the first one, and that of a clone
+        which ended before it had kept what it was told.
         """
         boot_seconds = BOOT_SECONDS if not vm.identified and vm.started == "cold" else None
-        waiting = [asyncio.create_task(self._answer(held, document, boot_seconds))]
+        waiting = []
+        if not self._has_seed(vm):
+            waiting.append(asyncio.create_task(self._answer(held, document, boot_seconds)))
         if vm.started == "warm":
             waiting.append(asyncio.create_task(self._let_rest(held)))
         try:
@@ -150,6 +159,9 @@ class Boot:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
         await self._states.record_kept(vm.id)
+
+    def _has_seed(self, vm: VmRecord) -> bool:
+        return vm_paths(self._config, vm.id, vm.disk_id).seed.exists()
 
     async def _answer(self, held: Held, document: str, boot_seconds: float | None) -> None:
         with held.qemu.console.attach_socket(with_history=True) as line:

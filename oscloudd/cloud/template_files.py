@@ -131,6 +131,11 @@ class ReadyTemplate:
         """Whether a disk on it is somebody's already, when its vm begins."""
         return self.has_no_image or self.declaration.source.kind == "publish"
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether something of its own is done at the first boot of each of its guests."""
+        return bool(self.declaration.guest.commands) or (self.directory / FILES).exists()
+
     def _optional(self, name: str) -> Path | None:
         return self.directory / name if name else None
 

@@ -45,7 +45,13 @@ from oscloudd.errors import (
     InvalidStateError,
     UnavailableError,
 )
-from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
+from oscloudd.guest.identity import (
+    GuestIdentity,
+    build_document,
+    build_instance_document,
+    hostname_of,
+    make_machine_id,
+)
 from oscloudd.host.firmware import check_uefi
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.keys import HostKey, HostKeys
@@ -200,6 +206,14 @@ class VmCreator:
         mode = self._config.warm.mode if request.warm is None else request.warm
         if mode == "off":
             return None
+        if request.user_data:  # for a first boot, which a clone has none of
+            if mode == "only":
+                raise InvalidArgumentError(
+                    "a vm with user_data can't begin warm: cloud-init takes them in at first boot",
+                    hint="leave user_data out, or warm",
+                    parameter="warm",
+                )
+            return None
         shape = Shape(template, request.mem_size, request.cpus, request.disk_size)
         warm = await self._warm_images.find(shape)
         if warm is None and mode == "only":
@@ -315,6 +329,7 @@ class VmCreator:
         given = allocate(network, request.ip, spare, self._ports.host_ports())
         identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
+        document = _document_for(identity, str(unique), warm, by_serial=by_serial)
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
         if request.disk is not None:
@@ -345,7 +360,7 @@ class VmCreator:
             state=VmState.CREATING,
             wanted_state=WantedState.RUNNING,
             host_keys=key.public,
-            seed_document=build_document(identity) if by_serial else "",
+            seed_document=document,
             autostart=request.autostart,
             restart=request.restart,
             bandwidth=request.bandwidth,
@@ -371,6 +386,15 @@ class VmCreator:
             machine_id=make_machine_id(),
             keeps_access=request.original is not None,
         )
+
+
+def _document_for(
+    identity: GuestIdentity, instance_id: str, warm: WarmImage | None, *, by_serial: bool
+) -> str:
+    """Give what a vm is told by ourselves; one that boots with cloud-init has its seed."""
+    if by_serial:
+        return build_document(identity)
+    return "" if warm is None else build_instance_document(identity, instance_id)
 
 
 @dataclass(frozen=True)

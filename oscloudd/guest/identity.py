@@ -71,6 +71,11 @@ def build_document(identity: GuestIdentity) -> str:
     return "".join(_line(name, value.encode()) for name, value in values.items())
 
 
+def build_instance_document(identity: GuestIdentity, instance_id: str) -> str:
+    """Write the same down for a clone of an image with cloud-init, which has an instance-id."""
+    return build_document(identity) + _line("instance_id", instance_id.encode())
+
+
 def encode_for_line(document: str) -> list[str]:
     """Give the lines to send: the document with fresh entropy and the time, base64, then a dot."""
     return _encode(document + "".join(_line(name, value) for name, value in _draw_fresh()))
