@@ -77,7 +77,9 @@ def test_a_password_is_asked_for_only_where_there_is_one() -> None:
 
 
 def test_a_copy_keeps_who_may_log_in_and_gets_a_machine_id() -> None:
-    copy = replace(IDENTITY, root_password_hash="", authorized_keys=(), keeps_access=True)
+    copy = replace(
+        IDENTITY, root_password_hash="", authorized_keys=(), keeps_access=True, is_copy=True
+    )
     assert "ssh_pwauth" not in vendor_config(seed(copy))
     assert f"machine_id={'0' * 32}\n" in vendor_parts(seed(copy))["text/cloud-boothook"]
     assert "machine_id=''\n" in vendor_parts(seed())["text/cloud-boothook"]

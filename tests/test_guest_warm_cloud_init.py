@@ -158,3 +158,22 @@ def test_a_second_boot_changes_nothing(clones: Clones) -> None:
     log = clones.cloud.ssh(vm, "cat /run/cloud-init/result.json /var/log/cloud-init.log")
     assert '"errors": []' in log
     assert clones.cloud.ssh(vm, "ls /etc/cloud/cloud.cfg.d").count("oscloud") == 0
+
+
+def test_it_becomes_a_template_whose_vms_are_others(clones: Clones) -> None:
+    cloud, vm, before = clones.cloud, clones.vms[0], clones.seen[0]
+    cloud.ssh(vm, "echo kept >/root/kept")
+    call(cloud, "vm_stop", vm=vm["id"])
+    call(cloud, "vm_publish", vm=vm["id"], template="mine")
+    public = cloud.key.with_suffix(".pub").read_text().replace(" test", " another's").strip()
+    given = {"image": "mine", "ssh_key": [public], "password": "another", **SHAPE}
+    copy = call(cloud, "vm_create", name="copy", wait="ready", **given)
+    assert copy["started"] == "cold"
+    tell_timings(copy)
+    seen = look(cloud, copy)
+    assert cloud.ssh(copy, "cat /root/kept") == "kept"
+    assert seen["hostname"].split() == ["copy", "copy"]
+    assert seen["status"] == "status: done"
+    assert seen["keys"].split() == ["another's", "another's"]
+    own = set(OWN) - {"kilobytes", "bus", "journals"}  # systemd reads its machine-id at next boot
+    assert not {name for name in own if seen[name] == before[name]}

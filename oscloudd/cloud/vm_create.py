@@ -327,7 +327,10 @@ class VmCreator:
         network = self._check_can_reserve(request)
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
         given = allocate(network, request.ip, spare, self._ports.host_ports())
-        identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
+        is_copy = request.original is not None or template.has_identity
+        identity = self._identity(
+            request, network, given.ip, mac_of(unique.hex), key, is_copy=is_copy
+        )
         by_serial = template.declaration.guest.identity == "serial"
         document = _document_for(identity, str(unique), warm, by_serial=by_serial)
         standing_on = original.warm_image if original is not None else warm and warm.name
@@ -371,7 +374,14 @@ class VmCreator:
         return _insert_job(request, vm, None if by_serial else identity, spare)
 
     def _identity(
-        self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey
+        self,
+        request: VmRequest,
+        network: NetworkRecord,
+        address: str,
+        mac: str,
+        key: HostKey,
+        *,
+        is_copy: bool,
     ) -> GuestIdentity:
         return GuestIdentity(
             hostname=hostname_of(request.name),
@@ -385,6 +395,7 @@ class VmCreator:
             host_key=key,
             machine_id=make_machine_id(),
             keeps_access=request.original is not None,
+            is_copy=is_copy,
         )
 
 

@@ -230,6 +230,7 @@ class VmImporter:
             host_key=key,
             machine_id=make_machine_id(),
             keeps_access=True,
+            is_copy=True,
         )
         other = msgspec.structs.replace(
             settings,

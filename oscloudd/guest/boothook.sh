@@ -1,7 +1,7 @@
 # The host's part in a guest with cloud-init, run early in each of its boots, before its network and
-# sshd. `seed` puts an interpreter and the variables root_password_hash, machine_id, greeting, files
-# (those of its template: a gzipped tar archive in base64) and agent (in a guest that is to be saved,
-# the program that waits there, in base64) before it.
+# sshd. `seed` puts an interpreter and the variables root_password_hash, machine_id, forget_access,
+# greeting, files (those of its template: a gzipped tar archive in base64) and agent (in a guest that
+# is to be saved, the program that waits there, in base64) before it.
 #
 # Owns: what a first boot needs that a cloud-config of the user's would take away if it were in ours,
 # where a list replaces a list; and telling the host over the channel how cloud-init has ended, which
@@ -34,6 +34,11 @@ install_greeting() {
     fi
 }
 
+# On a disk that has been another guest's; who may log in now, cloud-init writes down after this.
+forget_access() {
+    [ -z "$forget_access" ] || rm -f /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys
+}
+
 # Of a disk that has been another guest's; systemd reads it at the next boot.
 renew_machine_id() {
     [ -z "$machine_id" ] || echo "$machine_id" >/etc/machine-id
@@ -44,7 +49,7 @@ install_files() {
 }
 
 first_boot() {
-    allow_root && renew_machine_id && install_greeting && install_files || exit 1
+    forget_access && allow_root && renew_machine_id && install_greeting && install_files || exit 1
     mkdir -p "${marker%/*}"
     : >"$marker"
 }

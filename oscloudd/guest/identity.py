@@ -35,6 +35,7 @@ class GuestIdentity:
     host_key: HostKey
     machine_id: str
     keeps_access: bool = False  # password and keys are those its disk has already
+    is_copy: bool = False  # its disk has another's identity, access included unless that is kept
 
 
 def hostname_of(name: str) -> str:

@@ -114,8 +114,10 @@ def _boothook(identity: GuestIdentity, hooks: Hooks, agent: str) -> str:
     # in use cloud-init ignores a "password" of the user's.
     variables = {
         "root_password_hash": identity.root_password_hash,
-        # A disk that has been another's has its machine-id, which no new instance-id renews.
-        "machine_id": identity.machine_id if identity.keeps_access else "",
+        # A disk that has been another's has its machine-id, which no new instance-id renews, and
+        # lets its owner in.
+        "machine_id": identity.machine_id if identity.is_copy else "",
+        "forget_access": "1" if identity.is_copy and not identity.keeps_access else "",
         "greeting": GREETING,
         "files": base64.b64encode(hooks.files).decode(),
         "agent": base64.b64encode(agent.encode()).decode(),
