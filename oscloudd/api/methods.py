@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from oscloudd.api.bodies import receive_body
 from oscloudd.api.caller import Caller
 from oscloudd.api.imports import build_import, build_vm_import
 from oscloudd.api.networks import build_network
@@ -57,12 +58,14 @@ from oscloudd.cloud.disks import DiskRequest
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.port_specs import parse_name, parse_spec
 from oscloudd.cloud.template_files import check_template_name
+from oscloudd.cloud.vm_archive import MAX_ARCHIVE_BYTES
 from oscloudd.cloud.vm_clone import CloneRequest
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.guest.readiness import Sign
 from oscloudd.guest.seed import check_user_data
+from oscloudd.host.image_header import MAX_SIZE_BYTES
 from oscloudd.host.keys import check_public_key
 from oscloudd.units import check_name, parse_rate, parse_size
 
@@ -280,7 +283,7 @@ async def _vm_export(cloud: Cloud, params: VmParams, caller: Caller) -> object:
 
 async def _vm_import(cloud: Cloud, params: VmImportParams, caller: Caller) -> object:
     request = build_vm_import(params)
-    body = caller.connection.receive(request.size_bytes)
+    body = receive_body(caller.connection, request.size_bytes, MAX_ARCHIVE_BYTES)
     return await cloud.importer.take(request, body, _order(caller))
 
 
@@ -299,7 +302,9 @@ async def _template_download(cloud: Cloud, params: TemplateJobParams, caller: Ca
 
 async def _template_import(cloud: Cloud, params: TemplateImportParams, caller: Caller) -> object:
     request = build_import(params)
-    body = None if request.url else caller.connection.receive(request.size_bytes)
+    body = None
+    if not request.url:
+        body = receive_body(caller.connection, request.size_bytes, MAX_SIZE_BYTES)
     return await cloud.templates.take(request, body, _order(caller, wait=params.wait))
 
 

@@ -113,12 +113,14 @@ class TemplateJobParams(TemplateParams, frozen=True):
 class TemplateImportParams(Params, frozen=True):
     """An image to make a template of: from `url`, or `size` bytes, which the daemon asks for.
 
-    `file_name` is what the sender calls it; `sha256` may be a SHA512, too.
+    With `pieces` the caller does not know how many, and sends it piece by piece. `file_name` is
+    what the sender calls it; `sha256` may be a SHA512, too.
     """
 
     name: str
     url: str | None = None
     size: int | None = None
+    pieces: bool = False
     file_name: str = ""
     sha256: str | None = None
     format: Literal["qcow2", "raw"] | None = None
@@ -172,10 +174,12 @@ class VmCloneParams(VmParams, frozen=True):
 class VmImportParams(Params, frozen=True):
     """An exported vm of `size` bytes, which the daemon asks for, and what is to be different.
 
-    `file_name` is what the sender calls it.
+    With `pieces` the caller does not know how many, and sends it piece by piece. `file_name` is
+    what the sender calls it.
     """
 
-    size: int
+    size: int | None = None
+    pieces: bool = False
     file_name: str = ""
     name: str | None = None
     network: Key | None = None

@@ -5,12 +5,13 @@ has it: no tool of ours opens an image that a guest has written to.
 """
 
 import asyncio
+import shutil
 from collections.abc import Iterable
 
 from oscloudd.cloud.disk_chain import check_chain, disk_chain
 from oscloudd.cloud.disk_records import DiskRecord, read_disks
 from oscloudd.cloud.templates import Templates
-from oscloudd.cloud.vm_paths import disk_file
+from oscloudd.cloud.vm_paths import disk_directory, disk_file
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
 from oscloudd.host.images import virtual_size_bytes
@@ -55,6 +56,13 @@ class DataDisks:
         """Give how large the file of a disk says that it is, in bytes; raises HostError."""
         path = disk_file(self._config, disk_id)
         return await asyncio.to_thread(virtual_size_bytes, path, "qcow2")
+
+    async def remove_unkept(self, vm_id: int) -> None:
+        """Remove the files of the data disks that go with their vm: of an import cut short."""
+        unkept = (Disk.vm_id == vm_id) & (Disk.is_kept == 0)
+        for disk in await self._database.run_when_available(lambda: read_disks(unkept)):
+            directory = disk_directory(self._config, disk.id)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     def _data_disk(self, disk: DiskRecord) -> DataDisk:
         assert disk.slot is not None

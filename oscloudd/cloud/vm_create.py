@@ -173,7 +173,7 @@ class VmCreator:
         disk = await self._database.run(lambda: read_disk(key))
         if disk.template is None:
             raise InvalidStateError(
-                f"disk {disk.name!r} was made empty: there is nothing on it to boot",
+                f"disk {disk.name!r} stands on no template: nothing tells what it boots with",
                 hint="make one that has a system: oscloudctl disk-create NAME --template "
                 f"{self._config.guest.default_image}; or attach this one to a vm: oscloudctl "
                 f"disk-attach VM {disk.name}",

@@ -392,6 +392,7 @@ class VmSteps:
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await asyncio.to_thread(self._paths(vm).remove, keeps_disk=bool(vm.is_disk_kept))
+        await self._disks.remove_unkept(vm.id)
         if vm.layer_id is not None:
             freed = await self._states.change(lambda: _leave_layers(vm))
             await asyncio.to_thread(remove_layers, self._config, freed)
@@ -471,7 +472,8 @@ def _forget(vm_id: int) -> None:
         write_gone(vm_id, name)
         Snapshot.delete().where(Snapshot.vm == vm_id).execute()
         Vm.delete().where(Vm.id == vm_id).execute()
+        its = (Disk.id == disk_id) | (Disk.vm_id == vm_id)
+        Disk.delete().where(its, Disk.is_kept == 0).execute()
         Disk.update(vm_id=None, slot=None).where(Disk.vm_id == vm_id).execute()
-        Disk.delete().where(Disk.id == disk_id, Disk.is_kept == 0).execute()
         if identified:
             Disk.update(has_identity=True).where(Disk.id == disk_id).execute()

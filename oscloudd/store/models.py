@@ -83,7 +83,7 @@ class Disk(Table):
     warm_image = CharField(max_length=32, null=True)  # the one whose frozen disk is below it
     vm_id = IntegerField(null=True)  # the vm whose data disk it is
     slot = IntegerField(null=True)  # in which of its ports it is plugged
-    is_kept = BooleanField(default=False)  # made by itself, it stays when its vm goes
+    is_kept = BooleanField(default=False)  # it stays when its vm goes, as all data disks do
     has_identity = BooleanField(default=False)  # a vm that is deleted has booted from it
     layer_id = IntegerField(null=True)  # what the overlay stands on; null: template, warm image
     created_at = DoubleField()
