@@ -55,6 +55,9 @@ hostname; cat /etc/machine-id /etc/hosts /etc/ssh/ssh_host_*; grep root: /etc/sh
 ip -4 -o address show eth0; ip route; cat /root/ran /root/.ssh/authorized_keys
 """
 
+# A variable of a namespace of its own; its first four bytes are its attributes.
+VARIABLE = "/sys/firmware/efi/efivars/Test-6f7a1c1e-2f3b-4c8e-9d0a-5b6c7d8e9f00"
+
 
 @pytest.fixture(scope="module")
 def cloud() -> Iterator[GuestCloud]:
@@ -147,3 +150,19 @@ def test_a_second_boot_changes_nothing(
     assert again["pid"] != vm["pid"]
     assert cloud.ssh(again, IDENTITY) == before
     assert cloud.ssh(again, "cat /root/boots") == "boot\nboot"
+
+
+def test_one_that_boots_by_uefi_moves_with_what_its_firmware_remembers(
+    cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"], tmp_path: Path
+) -> None:
+    vm = making["my_web"].result()
+    before = cloud.ssh(vm, IDENTITY)
+    cloud.ssh(vm, f"printf '\\007\\000\\000\\000remembered' >{VARIABLE}")
+    call(cloud, "vm_stop", vm="my_web")
+    cloud.control("vm-export", "my_web", str(tmp_path / "web"))
+    call(cloud, "vm_delete", vm="my_web")
+    assert "STOPPED" in cloud.control("vm-import", str(tmp_path / "web"))
+    call(cloud, "vm_start", vm="my_web")
+    moved = call(cloud, "vm_wait", vm="my_web", state="ready", timeout=LIMIT_SECONDS)
+    assert cloud.ssh(moved, IDENTITY) == before
+    assert "remembered" in cloud.ssh(moved, f"cat {VARIABLE}")

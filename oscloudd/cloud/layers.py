@@ -32,6 +32,11 @@ def layer_memory(config: Config, layer_id: int) -> Path:
     return layer_directory(config, layer_id) / "memory"
 
 
+def layer_variables(config: Config, layer_id: int) -> Path:
+    """Give the file of what a guest's firmware remembered when its disk was frozen, if any does."""
+    return layer_directory(config, layer_id) / "variables.fd"
+
+
 def remove_layers(config: Config, layer_ids: Iterable[int]) -> None:
     """Remove the files of layers; blocks. What is left of them has no row, and is swept out."""
     for layer_id in layer_ids:

@@ -18,6 +18,7 @@ from oscloudd.cloud.layers import (
     forget_layers,
     layer_disk,
     layer_memory,
+    layer_variables,
     read_chain,
     remove_layers,
 )
@@ -27,7 +28,7 @@ from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import write_state
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.errors import CloudError, HostError
-from oscloudd.host.images import create_overlay, durable, publish
+from oscloudd.host.images import copy_steady, create_overlay, durable, publish
 from oscloudd.machine.live_disk import overlay_node, switch_disk, top_node
 from oscloudd.machine.suspend import let_go_on
 from oscloudd.store.models import Disk, Layer, Snapshot
@@ -52,8 +53,12 @@ class SnapshotSteps(VmSteps):
         await self._supervisor.get(await self._get(job)).pause()
 
     async def switching(self, job: Job) -> None:
-        """Have the overlay for the disk, in its qemu too if the vm has one."""
+        """Keep what its firmware remembers, and have the overlay for the disk, in its qemu too if
+        the vm has one.
+        """
         vm, layer_id = await self._get(job), job.params["layer"]
+        kept = layer_variables(self._config, layer_id)
+        await asyncio.to_thread(_keep_variables, self._paths(vm).variables, kept)
         await asyncio.to_thread(_put_in_place, self._paths(vm).next_disk, self._paths(vm).disk)
         qemu = self._supervisor.find(vm.id)
         if qemu is not None:
@@ -148,9 +153,12 @@ class SnapshotSteps(VmSteps):
     # Restoring
 
     async def overlay(self, job: Job) -> None:
-        """Make the overlay on a snapshot's layer that is to be the disk."""
-        vm = await self._get(job)
-        await self._make_next(vm, job.params["layer"], job.params["size"])
+        """Make the overlay on a snapshot's layer that is to be the disk, and what goes with it."""
+        vm, layer_id = await self._get(job), job.params["layer"]
+        await self._make_next(vm, layer_id, job.params["size"])
+        kept = layer_variables(self._config, layer_id)
+        if kept.exists():
+            await asyncio.to_thread(copy_steady, kept, self._paths(vm).next_variables)
 
     async def parting(self, job: Job) -> None:
         """See the end of the vm's qemu, and drop what it was suspended with."""
@@ -158,13 +166,15 @@ class SnapshotSteps(VmSteps):
         await self._suspension.drop(await self._get(job))
 
     async def swapping(self, job: Job) -> None:
-        """Put the overlay in the disk's place, and the snapshot's memory beside it if it has any.
+        """Put the overlay in the disk's place, and what the snapshot has besides with it: the
+        firmware's variables, the memory.
 
         The overlay is there since an earlier step: where it is missing, it is in its place.
         """
         vm, layer_id = await self._get(job), job.params["layer"]
         paths = self._paths(vm)
         await asyncio.to_thread(_put_in_place, paths.next_disk, paths.disk)
+        await asyncio.to_thread(_put_in_place, paths.next_variables, paths.variables)
         if job.params["resumes"]:
             saved = SuspendedFiles(layer_memory(self._config, layer_id))
             await asyncio.to_thread(SuspendedFiles(paths.suspended).take, saved)
@@ -181,10 +191,13 @@ class SnapshotSteps(VmSteps):
         if job.step > _SWAPPED:
             await self.undo_start(job, error)
         elif job.step == _SWAPPED and not self._paths(vm).next_disk.exists():
+            paths = self._paths(vm)
+            await asyncio.to_thread(_put_in_place, paths.next_variables, paths.variables)
             await self._record_restored(vm, job)
             await self.undo_start(job, error)
         else:
-            await asyncio.to_thread(self._paths(vm).next_disk.unlink, missing_ok=True)
+            for following in self._paths(vm).next_disk, self._paths(vm).next_variables:
+                await asyncio.to_thread(following.unlink, missing_ok=True)
             if job.params["stops"]:
                 await self.undo_stop(job, error)
 
@@ -222,10 +235,16 @@ def _link(disk: Path, layer: Path) -> None:
     durable(layer.parent)
 
 
-def _put_in_place(following: Path, disk: Path) -> None:
-    """Have `following` for the disk; where it is gone, an earlier daemon has."""
+def _keep_variables(variables: Path, kept: Path) -> None:
+    """Keep a firmware's variables, if it has any, as they were when this was first asked for."""
+    if variables.exists() and not kept.exists():
+        copy_steady(variables, kept)
+
+
+def _put_in_place(following: Path, file: Path) -> None:
+    """Have `following` for a file; where it is gone, an earlier daemon has."""
     if following.exists():
-        publish(following, disk)
+        publish(following, file)
 
 
 def _is_in_place(disk: Path, layer: Path) -> bool:

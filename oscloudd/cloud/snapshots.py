@@ -5,6 +5,7 @@ What is then done, step by step, is in `operations` and `snapshot_steps`; what t
 """
 
 import asyncio
+import filecmp
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from oscloudd.cloud.layers import (
     forget_layers,
     layer_directory,
     layer_memory,
+    layer_variables,
     read_chain,
     read_parents,
 )
@@ -141,14 +143,23 @@ class Snapshots:
         """
         if name is not None:
             return await self._database.run(lambda: _get(vm, name))
-        disk = vm_paths(self._config, vm.id, vm.disk_id).disk
-        is_down = vm.state in DOWN_STATES - {VmState.SUSPENDED}
-        if not (is_down and vm.layer_id is not None and await asyncio.to_thread(_is_blank, disk)):
+        if not await asyncio.to_thread(self._is_as_frozen, vm):
             waiting = Order(order.owner_uid, order.listener)
             frozen = await self._order("disk_freeze", vm.id, waiting, self.decide_freeze)
             assert isinstance(frozen, VmRecord)
             vm = frozen
         return await self._database.run(lambda: _get_layer(vm.layer_id))
+
+    def _is_as_frozen(self, vm: VmRecord) -> bool:
+        """Tell whether a vm is down and nothing was written since its disk was frozen. Blocks."""
+        if vm.layer_id is None or vm.state not in DOWN_STATES - {VmState.SUSPENDED}:
+            return False
+        paths = vm_paths(self._config, vm.id, vm.disk_id)
+        kept = layer_variables(self._config, vm.layer_id)
+        is_remembered = not paths.variables.exists() or (
+            kept.exists() and filecmp.cmp(paths.variables, kept, shallow=False)
+        )
+        return is_remembered and _is_blank(paths.disk)
 
     def decide_freeze(self, vm: VmRecord) -> dict[str, Any]:
         """Allow a vm's disk to be frozen and reserve the layer it becomes, in a transaction."""
