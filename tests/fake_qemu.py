@@ -42,6 +42,7 @@ import selectors
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -50,14 +51,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Behind the end of the disk image, where qcow2 does not look: this guest has its identity, or has
-# run since it was restored, and what it has written does not go with the saved memory any more.
+# What a guest has on its disk: it has its identity, or has run since it was restored, and what it
+# has written does not go with the saved memory any more.
 MARK = b"fake guest has its identity"
 RAN = b"fake guest ran when resumed"
 # What a guest prints whose memory and disk are of two machines.
 TORN = "EXT4-fs error: the disk is not the one that this memory knows"
 # Behind the mark: how often it has run since.
 RUNS = b"%08d"
+# Where on the disk that is.
+MARK_OFFSET = 512 << 10
 
 VERSION = "QEMU emulator version 7.2.22 (fake)"
 
@@ -526,19 +529,15 @@ class FakeQemu:
         return (self.mark_in(self.disk()) if is_copy else self.read_mark()) == MARK
 
     def mark_in(self, file: int) -> bytes:
-        return os.pread(file, len(MARK), mark_offset(file))
+        return read_block(file)[: len(MARK)]
 
     def write_mark(self, mark: bytes, runs: int = 0) -> None:
-        disk = self.disk()
-        is_marked = self.mark_in(disk) in (MARK, RAN)
-        offset = mark_offset(disk) if is_marked else os.fstat(disk).st_size
-        os.pwrite(disk, mark + RUNS % runs, offset)
+        write_block(self.disk(), mark + RUNS % runs)
 
     def runs(self) -> int:
         """Give how often the guest has run since it has its identity."""
-        file = self.marked()
-        is_its_own = self.mark_in(file) == MARK
-        return int(os.pread(file, 64, mark_offset(file) + len(MARK))) if is_its_own else 0
+        block = read_block(self.marked())
+        return int(block[len(MARK) :]) if block.startswith(MARK) else 0
 
     def do_x_runs(self) -> int:
         """What no qemu has: what its guest has written to its disk."""
@@ -610,8 +609,61 @@ class FakeQemu:
         self.login()
 
 
-def mark_offset(file: int) -> int:
-    return max(0, os.fstat(file).st_size - len(MARK) - len(RUNS % 0))
+# A qcow2, as far as one block of it takes (docs/interop/qcow2.txt of qemu).
+
+
+def read_block(file: int) -> bytes:
+    """Give what a qcow2 has at MARK_OFFSET of what its guest sees; nothing where it lacks that."""
+    table, entry_bytes = find_table(file)
+    if not table:
+        return b""
+    place = table + (MARK_OFFSET >> 16) * entry_bytes
+    entry, bitmap = struct.unpack(">QQ", os.pread(file, 16, place))
+    has_it = bool(bitmap & 1) if entry_bytes == 16 else True
+    data = entry & OFFSET_MASK
+    return os.pread(file, len(MARK) + len(RUNS % 0), data) if data and has_it else b""
+
+
+def write_block(file: int, content: bytes) -> None:
+    """Write to a qcow2 at MARK_OFFSET of what its guest sees."""
+    table, entry_bytes = find_table(file)
+    if not table:
+        table = add_cluster(file)
+        os.pwrite(file, struct.pack(">Q", table | COPIED), header_field(file, 40))
+    place = table + (MARK_OFFSET >> 16) * entry_bytes
+    entry, bitmap = struct.unpack(">QQ", os.pread(file, 16, place))
+    data = entry & OFFSET_MASK or add_cluster(file)
+    os.pwrite(file, content.ljust(2048, b"\0"), data)
+    os.pwrite(file, struct.pack(">Q", data | COPIED), place)
+    if entry_bytes == 16:  # one bit for each 2 KiB, and another if those are zeros
+        bits = (bitmap | 1) & ~(1 << 32)
+        os.pwrite(file, struct.pack(">Q", bits), place + 8)
+
+
+OFFSET_MASK, COPIED = 0x00FFFFFFFFFFFE00, 1 << 63
+
+
+def find_table(file: int) -> tuple[int, int]:
+    """Give where the first table of clusters (L2) is, if anywhere, and an entry's bytes."""
+    if os.pread(file, 4, 0) != b"QFI\xfb":
+        return 0, 8
+    first = header_field(file, header_field(file, 40))
+    is_extended = header_field(file, 72) & 1 << 4
+    return first & OFFSET_MASK, 16 if is_extended else 8
+
+
+def header_field(file: int, offset: int) -> int:
+    number: int = struct.unpack(">Q", os.pread(file, 8, offset))[0]
+    return number
+
+
+def add_cluster(file: int) -> int:
+    """Have a qcow2 one cluster longer, with all that tells that it is in use; give where it is."""
+    offset = (os.fstat(file).st_size + 65535) >> 16 << 16
+    os.ftruncate(file, offset + 65536)
+    counts = header_field(file, header_field(file, 48))
+    os.pwrite(file, b"\0\1", counts + (offset >> 16) * 2)
+    return offset
 
 
 def is_postponement(lines: list[str]) -> bool:

@@ -123,7 +123,7 @@ def test_a_disk_is_one_image_with_all_that_is_in_it(box: Box, image_format: str)
     raw = content if image_format == "raw" else as_raw(box, content)
     assert len(raw) == 16 << 20
     assert raw[5 << 20 : (5 << 20) + len(data)] == data
-    assert raw.strip(b"\0") == data.strip(b"\0")
+    assert raw[1 << 20 :].strip(b"\0") == data.strip(b"\0")  # before it is what its guest has
     assert (last_job(box)["kind"], last_job(box)["state"]) == ("disk_export", "DONE")
     assert left(box) == []
     box.call("vm_start", vm="web")  # its own disk is as it was

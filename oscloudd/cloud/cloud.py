@@ -26,6 +26,8 @@ from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.kernel_templates import KernelTemplates
+from oscloudd.cloud.layer_chains import LayerChains
+from oscloudd.cloud.layer_merging import LayerMerger
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.network_making import NetworkMaker
@@ -102,7 +104,8 @@ class Cloud:
         self._rates = Rates(database)
         self.templates = Templates(config, database, self.jobs)
         self.disks = Disks(config, database, self.templates, self.jobs)
-        data_disks = DataDisks(config, database, self.templates)
+        chains = LayerChains(config, database)
+        data_disks = DataDisks(config, database, self.templates, chains)
         self._leftovers = Leftovers(config, database, self.networks, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
@@ -115,6 +118,7 @@ class Cloud:
             self._accelerator,
             slots,
             data_disks,
+            chains,
         )
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
@@ -136,6 +140,7 @@ class Cloud:
             slots,
             self.events,
         )
+        merger = LayerMerger(config, database, self.templates, chains)
         steps = SnapshotSteps(
             config,
             self.states,
@@ -147,10 +152,11 @@ class Cloud:
             self.ports,
             self.names,
             self._rates,
+            merger,
         )
         operations = Operations(database, self.jobs, steps)
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
-        flattener = Flattener(config, database, self.templates, operations)
+        flattener = Flattener(config, self.templates, operations, chains)
         self.exports = Exports(config, database, self.templates, self.jobs, flattener)
         self.publisher = Publisher(database, self.templates, flattener)
         self._kernels = KernelTemplates(config, self.templates)

@@ -31,14 +31,16 @@ class Step:
     """One step: its name is the stage users see.
 
     `cancellable`: `job_cancel` may cut it short. `holds_vm`: nothing else is done to the vm
-    meanwhile; once a step gives the vm free, those after it do, too. `only_if` names a parameter of
-    the job: there is nothing to do unless it is true.
+    meanwhile; once a step gives the vm free, those after it do, too. `minds_vm`: what becomes of
+    the vm itself meanwhile is the step's to see to. `only_if` names a parameter of the job: there
+    is nothing to do unless it is true.
     """
 
     do: Callable[[SnapshotSteps, Job], Awaitable[None]]
     says: str
     cancellable: bool = False
     holds_vm: bool = True
+    minds_vm: bool = True
     only_if: str = ""
 
     @property
@@ -93,6 +95,7 @@ _OVERLAY = Step(SnapshotSteps.overlay, "making an overlay")
 _PARTING = Step(SnapshotSteps.parting, "clearing up")
 _SWAPPING = Step(SnapshotSteps.swapping, "putting the disk in its place")
 _DROPPING = Step(SnapshotSteps.dropping, "removing what nothing stands on")
+_MERGING = Step(SnapshotSteps.merging, "merging layers", holds_vm=False, minds_vm=False)
 _ON_AGAIN = tuple(replace(step, only_if="runs_on") for step in (_NETWORK, _STARTING, _RUNNING))
 
 _MAKING = Operation((_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _BOOTING), VmSteps.undo_create)
@@ -121,7 +124,7 @@ OPERATIONS: dict[str, Operation] = {
         (_OVERLAY, replace(_STOPPING, cancellable=False), _PARTING, _SWAPPING, *_ON_AGAIN),
         SnapshotSteps.undo_restore,
     ),
-    "snapshot_delete": Operation((_DROPPING,), _leave),
+    "snapshot_delete": Operation((_DROPPING, _MERGING), _leave),
 }
 
 
@@ -184,6 +187,12 @@ class Operations:
     def holds_vm(self, row: JobRow) -> bool:
         """Tell whether the step that an unfinished job is at holds its vm."""
         return OPERATIONS[row.kind].steps[int(row.step)].holds_vm
+
+    def minds_vm(self, row: JobRow) -> bool:
+        """Tell whether what becomes of its vm is for an unfinished job to see to."""
+        operation = OPERATIONS.get(row.kind)
+        following = () if operation is None else operation.steps[int(row.step) :]
+        return operation is None or any(step.minds_vm for step in following)
 
     async def resume(
         self, row: JobRow, lock: asyncio.Lock, *, is_held: bool = True

@@ -98,9 +98,10 @@ class Reconciler:
                 self._see_dead(vm, boot, jobs)
         if is_new_boot:
             for vm in read_vms():
-                start = None if vm.id in jobs else self._after_boot(vm)
+                is_minded = any(map(self._operations.minds_vm, jobs.get(vm.id, [])))
+                start = None if is_minded else self._after_boot(vm)
                 if start is not None:
-                    jobs[vm.id] = [start]
+                    jobs.setdefault(vm.id, []).append(start)
         Meta.replace(name=_BOOT, value=boot).execute()
         return [vm.id for vm in vms], jobs
 
@@ -155,7 +156,8 @@ class Reconciler:
         finally:
             if is_lock_ours:
                 lock.release()
-        if not any(OPERATIONS[row.kind].owns_state for row in jobs):
+        minding = [row for row in jobs if self._operations.minds_vm(row)]
+        if not any(OPERATIONS[row.kind].owns_state for row in minding):
             self._keeper.consider(vm_id)
 
     async def _judge_in_time(self, vm: VmRecord, *, is_busy: bool) -> None:

@@ -18,7 +18,6 @@ from oscloudd.cloud.layers import (
     forget_layers,
     layer_disk,
     layer_memory,
-    read_chain,
     remove_layers,
 )
 from oscloudd.cloud.states import LIVE_STATES, VmState, WantedState
@@ -43,7 +42,7 @@ class SnapshotSteps(VmSteps):
     async def freezing(self, job: Job) -> None:
         """Give the disk's file its second name, and make the overlay that is to take the first."""
         vm, layer_id = await self._get(job), job.params["layer"]
-        await self._disks.check(vm, await self._states.look(lambda: read_chain(vm.layer_id)))
+        await self._disks.check(vm)
         await asyncio.to_thread(_link, self._paths(vm).disk, layer_disk(self._config, layer_id))
         await self._make_next(vm, layer_id, vm.disk_size)
 
@@ -200,6 +199,12 @@ class SnapshotSteps(VmSteps):
         await asyncio.to_thread(memory.drop)
         await asyncio.to_thread(remove_layers, self._config, job.params["layers"])
         await self._see_again(job, await self._get(job))
+
+    async def merging(self, job: Job) -> None:
+        """Have layers that have no name any more be parts of those that stand on them."""
+        vm = await self._states.find(job.vm_id)
+        if vm is not None:  # it is not held, and may have been deleted
+            await self._merger.merge_all(vm, job)
 
     async def _make_next(self, vm: VmRecord, layer_id: int, size_bytes: int) -> None:
         layer = layer_disk(self._config, layer_id)

@@ -19,7 +19,7 @@ from oscloudd.cloud.boot import Boot
 from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
-from oscloudd.cloud.layers import read_chain
+from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.machine_files import machine_files
 from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
 from oscloudd.cloud.spare import Spare
@@ -77,6 +77,7 @@ class Supervisor:
         accelerator: "asyncio.Task[Accelerator]",
         slots: StartSlots,
         disks: DataDisks,
+        chains: LayerChains,
     ) -> None:
         self._config = config
         self._database = database
@@ -86,6 +87,7 @@ class Supervisor:
         self._user = user
         self._accelerator = accelerator
         self._disks = disks
+        self._chains = chains
         self._held: dict[int, Held] = {}
         self._boot = Boot(config, states, slots)
         self._heartbeat = Heartbeat(config, states, self._attend_again)
@@ -153,14 +155,15 @@ class Supervisor:
                 incoming=warm is not None or saved is not None,
                 memory_object=saved is not None and saved.has_memory_object,
             )
-            look = self._states.look
-            layers = await look(lambda: read_chain(vm.layer_id)) if vm.layer_id else []
-            files = await asyncio.to_thread(machine_files, self._config, vm, template, layers, warm)
             held = Held(vm.id)
             held.timings = timings
             on_event = self._on_event(held)
-            began = time.monotonic()
-            held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
+            async with self._chains.reading(vm.layer_id) as layers:
+                files = await asyncio.to_thread(
+                    machine_files, self._config, vm, template, layers, warm
+                )
+                began = time.monotonic()
+                held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
             await ensure_scope(held.qemu.identity.pid, scope_of(vm))
             held.timings["spawn"] = time.monotonic() - began
         finally:

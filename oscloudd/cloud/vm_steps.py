@@ -14,6 +14,7 @@ from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.disk_records import detach_disk
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.layer_merging import LayerMerger
 from oscloudd.cloud.layers import find_unneeded_layers, forget_layers, remove_layers
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.ports import Ports
@@ -64,6 +65,7 @@ class VmSteps:
         ports: Ports,
         names: Names,
         rates: Rates,
+        merger: LayerMerger,
     ) -> None:
         self._config = config
         self._states = states
@@ -75,6 +77,7 @@ class VmSteps:
         self._ports = ports
         self._names = names
         self._rates = rates
+        self._merger = merger
 
     # Making and starting
 
