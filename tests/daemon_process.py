@@ -342,6 +342,7 @@ class Box:
             ("disks", "state/disks/*"),
             ("overlays to be", "state/disks/*/next.qcow2"),
             ("layers", "state/layers/*"),
+            ("layers being merged", "state/layers/*/.*"),
             ("memory of layers", "state/layers/*/memory*"),
             ("saved memory", "state/disks/*/suspended*"),
             ("logs", "log/*"),
