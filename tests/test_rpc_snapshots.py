@@ -147,6 +147,9 @@ def test_layers_are_bounded(box: Box) -> None:
         box.call("snapshot_create", vm="web", name=f"s{number}")
     error = refused(box, "snapshot_create", vm="web", name="more")
     assert (error.kind, error.data["resource"]) == ("exhausted", "layers")
+    assert "snapshot-delete web" in error.data["hint"]
+    box.call("snapshot_delete", vm="web", snapshot="s0")
+    box.call("snapshot_create", vm="web", name="more")
     assert box.call("vm_start", vm="web")["state"] == "RUNNING"
     check_accounted(box)
 

@@ -244,7 +244,8 @@ class Snapshots:
             raise ExhaustedError(
                 f"the disk of vm {vm.name!r} stands on {depth} layers, and there may be "
                 f"{MAX_LAYERS}",
-                hint=f"restore one of its earlier snapshots: oscloudctl snapshot-list {vm.name}",
+                hint="delete one of its snapshots, which merges what has no name any more: oscloudctl "
+                f"snapshot-delete {vm.name} NAME; one snapshot is enough for any number of clones",
                 resource="layers",
                 wanted=depth + 1,
                 free=0,
