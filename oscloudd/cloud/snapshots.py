@@ -244,8 +244,8 @@ class Snapshots:
             raise ExhaustedError(
                 f"the disk of vm {vm.name!r} stands on {depth} layers, and there may be "
                 f"{MAX_LAYERS}",
-                hint="delete one of its snapshots, which merges what has no name any more: oscloudctl "
-                f"snapshot-delete {vm.name} NAME; one snapshot is enough for any number of clones",
+                hint="delete one of its snapshots, which merges what has no name any more: "
+                f"oscloudctl snapshot-delete {vm.name} NAME; many clones can be made of one",
                 resource="layers",
                 wanted=depth + 1,
                 free=0,
