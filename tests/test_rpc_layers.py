@@ -16,6 +16,8 @@ from test_rpc_leftovers import put_back, save
 from test_rpc_snapshots import layers, run_again, settled, tree, written
 from test_rpc_suspend import refused, remembered
 
+from oscloudd.cloud.layers import MAX_LAYERS
+
 KEPT, TAKEN = 3, 42
 BLOCK = 4096
 SIZE = 16 << 20
@@ -115,6 +117,30 @@ def test_what_an_older_program_has_left_is_merged(box: Box) -> None:
     assert disk_of(box, vm) == contents[5]
     run_again(box)
     check_accounted(box)
+
+
+def test_where_there_are_as_many_as_may_be_they_are_merged_first(box: Box) -> None:
+    vm = settled(box, "web")
+    fill_up(box)
+    contents = snapshots_of(box)
+    assert layers_of(box, vm) == MAX_LAYERS
+    box.call("snapshot_create", vm="web", name="more")
+    assert layers_of(box, vm) == MAX_LAYERS
+    merged = box.rows("SELECT id FROM job WHERE kind = 'layers_merge' AND state = 'DONE'")
+    assert len(merged) == 1
+    assert contents.items() < snapshots_of(box).items()
+    error = refused(box, "vm_clone", vm="web", name="copy")
+    assert (error.kind, error.data["resource"]) == ("exhausted", "layers")
+    assert "snapshot-delete web" in error.data["hint"]
+    clone(box, "copy", snapshot="s1")
+
+
+def fill_up(box: Box) -> None:
+    """Have a vm stand on as many layers as it may, of which the lowest two can become one."""
+    clone(box, "copy")
+    box.call("vm_delete", vm="copy", force=True)
+    for number in range(1, MAX_LAYERS):
+        box.call("snapshot_create", vm="web", name=f"s{number}")
 
 
 def test_clones_stand_on_what_they_were_made_of(box: Box) -> None:

@@ -125,6 +125,7 @@ OPERATIONS: dict[str, Operation] = {
         SnapshotSteps.undo_restore,
     ),
     "snapshot_delete": Operation((_DROPPING, _MERGING), _leave),
+    "layers_merge": Operation((_MERGING,), _leave),
 }
 
 

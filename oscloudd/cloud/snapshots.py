@@ -16,6 +16,7 @@ from oscloudd.cloud.heartbeat import PAUSED_BY_USER
 from oscloudd.cloud.jobs import JobInfo, Jobs, Order
 from oscloudd.cloud.layers import (
     MAX_LAYERS,
+    find_mergeable,
     find_unneeded_layers,
     follow,
     forget_layers,
@@ -257,6 +258,8 @@ class Snapshots:
         vm = await self._database.run(lambda: read_vm(key))
         if kind != "snapshot_delete":
             check_room(self._config, "overlay")
+        if kind in ("snapshot_create", "disk_freeze"):
+            await self._make_room_below(vm, order)
         begun = await self._operations.begin(kind, vm.id, order, decide)
         assert begun is not None
         job, task = begun
@@ -264,6 +267,18 @@ class Snapshots:
             return await self._jobs.info(job.id)
         await asyncio.shield(task)
         return await self._database.run(lambda: read_vm(vm.id))
+
+    async def _make_room_below(self, vm: VmRecord, order: Order) -> None:
+        """Merge layers where a disk stands on as many as it may: clones may have left them."""
+
+        def find(vm: VmRecord) -> dict[str, Any] | None:
+            is_full = len(read_chain(vm.layer_id)) >= MAX_LAYERS
+            return {} if is_full and find_mergeable(vm.layer_id) else None
+
+        if await self._database.run(lambda: find(read_vm(vm.id))) is not None:
+            begun = await self._operations.begin("layers_merge", vm.id, order, find)
+            if begun is not None:
+                await asyncio.shield(begun[1])
 
     async def _get(self, vm: VmRecord, name: str) -> SnapshotInfo:
         infos = await self._database.run(lambda: self._describe(vm))
