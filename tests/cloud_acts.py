@@ -6,7 +6,7 @@ from typing import Any
 from daemon_process import Box
 
 DOWN = ("STOPPED", "SUSPENDED", "CRASHED", "ERROR")
-SNAPSHOTS = ("a", "b", "c")
+SNAPSHOTS = ("a", "b", "c", "d")
 DISKS = ("data", "logs")
 
 VERBS = (
@@ -14,7 +14,8 @@ VERBS = (
     "delete --force", "rename", "suspend",
 )  # fmt: skip
 SNAPSHOT_VERBS = (
-    "snapshot", "snapshot --memory", "restore", "restore --force", "restore --force", "forget",
+    "snapshot", "snapshot", "snapshot", "snapshot --memory", "restore", "restore --force",
+    "forget", "forget",
 )  # fmt: skip
 DISK_VERBS = ("attach", "detach", "disk", "no disk")
 

@@ -29,6 +29,7 @@ from cloud_acts import (
     see_vms,
 )
 from dying_daemon import Death
+from fake_qemu import MARK, read_block
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -60,8 +61,9 @@ class CloudMachine(RuleBasedStateMachine):
         super().__init__()
         self.model: dict[str, Known] = {}
         self.disks: set[str] = set()
-        # What the guest had written when a snapshot was taken, by the vm's uuid and its name.
-        self.written: dict[tuple[str, str], int] = {}
+        # How often a guest had run, by what its snapshots and its disk have of it.
+        self.kept: dict[tuple[str, int], int] = {}
+        self.runs: dict[str, int] = {}
         self.addresses: dict[str, str] = {}
         self.story: list[str] = []
 
@@ -177,6 +179,8 @@ class CloudMachine(RuleBasedStateMachine):
         if verb == "create" or (verb == "rename" and not free):
             verb = "delete"
         name = self.pick(pick)
+        if verb in SNAPSHOT_VERBS and pick % 3:  # where there are some, that are related
+            name = max(sorted(self.model), key=lambda each: len(self.model[each].snapshots))
         known = self.model[name]
         if verb in SNAPSHOT_VERBS:
             is_somebody = self.is_somebody(known)
@@ -275,8 +279,8 @@ class CloudMachine(RuleBasedStateMachine):
             assert is_finished, what
         else:
             assert is_finished or is_undone, what
-        if is_finished and was is not None:
-            self.check_written(act, was, is_told=question.is_answered)
+        if is_finished and was is not None and act.method == "snapshot_restore":
+            self.come_back(was, act.params["snapshot"])
         self.disks = disks
         if act.name:
             self.model.pop(act.name, None)
@@ -298,25 +302,40 @@ class CloudMachine(RuleBasedStateMachine):
             return not [vm for vm in now.values() if was and vm.uuid == was.uuid]
         return act.outcome.is_met(was, now)
 
-    def check_written(self, act: Act, was: Known, *, is_told: bool) -> None:
-        """Remember what a guest has on its disk at a snapshot; assert that it comes back to it.
+    def come_back(self, was: Known, snapshot: str) -> None:
+        """A vm is at a snapshot again: its guest has run that often, or once more."""
+        if self.arena.counts_runs:
+            (kept,) = [runs for (name, _layer), runs in self.kept_of(was.uuid) if name == snapshot]
+            self.runs[was.uuid] = kept
 
-        The fake guest counts on its disk how often it was let run.
-        """
-        if not self.arena.counts_runs or act.outcome is None or act.outcome.state != "RUNNING":
-            return
-        snapshot = (was.uuid, act.params.get("snapshot") or act.params.get("name"))
-        if act.method == "snapshot_restore" and snapshot in self.written:
-            assert self.runs_of(act.name) == self.written[snapshot] + 1, (act, self.written)
-        elif act.method == "snapshot_create":
-            self.written.pop(snapshot, None)
-            if is_told:
-                # One that is kept with its memory was stopped for it.
-                self.written[snapshot] = self.runs_of(act.name) - act.params["memory"]
+    def kept_of(self, uuid: str) -> list[tuple[tuple[str, int], int]]:
+        """Give how often a guest had run at its snapshots, by the files there are."""
+        parents = dict(self.box.rows("SELECT id, parent_id FROM layer"))
+        rows = self.box.rows(
+            "SELECT snapshot.name, layer_id FROM snapshot JOIN vm ON vm.id = vm_id WHERE uuid = ?",
+            uuid,
+        )
+        return [((name, layer), self.runs_in(layer, parents)) for name, layer in rows]
 
-    def runs_of(self, name: str) -> int:
-        number: int = self.box.call("vm_qemu_command", vm=name, command="x-runs")
-        return number
+    def runs_in(self, layer: int | None, parents: dict[int, int | None]) -> int:
+        while layer is not None:
+            with (self.box.root / f"state/layers/{layer}/disk.qcow2").open("rb") as image:
+                block = read_block(image.fileno())
+            if block:
+                return int(block.removeprefix(MARK))
+            layer = parents[layer]
+        return 0
+
+    def check_written(self) -> None:
+        """Assert that snapshots and disks have what guests wrote: how often they were let run."""
+        for vm, known in self.model.items() if self.arena.counts_runs else ():
+            for (name, layer), runs in self.kept_of(known.uuid):
+                key = (f"{known.uuid} {name}", layer)
+                assert self.kept.setdefault(key, runs) == runs, (known, name, self.kept)
+            if known.state == "RUNNING":
+                runs = self.box.call("vm_qemu_command", vm=vm, command="x-runs")
+                assert runs >= self.runs.get(known.uuid, 0), (known, runs, self.runs)
+                self.runs[known.uuid] = runs
 
     def look(self) -> None:
         """Assert that the vms are as the model has them, and nothing else is anywhere."""
@@ -324,3 +343,4 @@ class CloudMachine(RuleBasedStateMachine):
         assert now == self.model, (now, self.model)
         assert see_disks(self.box) == self.disks
         check_accounted(self.box)
+        self.check_written()

@@ -26,7 +26,10 @@ class LayerChains:
         done = asyncio.Event()
         self._readers.add(done)
         try:
-            yield await self._database.run_when_available(lambda: read_chain(layer_id))
+            if layer_id is None:
+                yield []
+            else:
+                yield await self._database.run_when_available(lambda: read_chain(layer_id))
         finally:
             self._readers.discard(done)
             done.set()

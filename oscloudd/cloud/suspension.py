@@ -183,7 +183,7 @@ class Suspension:
         spec = machine_spec(vm, template, accelerator, self._config.qemu.binary)
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         traits: dict[str, object] = {"memory object": has_object, "seed": paths.seed.exists()}
-        if vm.layer_id is not None:  # which never changes, nor does what it stands on
+        if vm.layer_id is not None:  # which never changes, nor does what is read of it
             traits["layer"] = vm.layer_id
         contents = contents_of(template) | {name: str(trait) for name, trait in traits.items()}
         # The very qemu that runs may be older than what is installed: its version is compared.
