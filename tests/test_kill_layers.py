@@ -11,7 +11,14 @@ import pytest
 from cloud_accounts import check_accounted, settle, settle_or_die
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death
-from test_kill_matrix import STRIDE, ask_to_die, count_deaths, is_dead, wait_for_death
+from test_kill_matrix import (
+    STRIDE,
+    ask_to_die,
+    count_deaths,
+    is_dead,
+    kill_qemus,
+    wait_for_death,
+)
 from test_rpc_clones import layers_of
 from test_rpc_layers import disk_of, snapshots_of, take
 from test_rpc_snapshots import run_again, settled, tree, written
@@ -82,3 +89,22 @@ def test_a_merging_that_daemons_die_in_is_given_up(box: ZygoteBox) -> None:
     assert kill_at(box, death, *[death] * (MAX_ATTEMPTS - 1))
     said = "SELECT message FROM job WHERE kind = 'snapshot_delete' AND state = 'FAILED'"
     assert box.rows(said) == [(f"given up: {MAX_ATTEMPTS} daemons ended in step merging",)]
+
+
+def test_a_vm_is_looked_after_while_a_merging_is_left(box: ZygoteBox) -> None:
+    vm = box.call("vm_set", vm="web", restart="always")
+    for number in itertools.islice(numbers, 2):
+        take(box, vm, number)
+    oldest = next(iter(tree(box)))
+    death = Death("process", 2, "before")
+    _question, died = ask_to_die(box, death, "snapshot_delete", vm="web", snapshot=oldest)
+    assert died
+    wait_for_death(box)
+    kill_qemus(box, but=0)
+    # The next one has enough to do with merging to see to the vm before.
+    box.start()
+    box.until(lambda: box.call("vm_info", vm="web")["state"] == "RUNNING", "the restart")
+    assert box.call("vm_info", vm="web")["pid"] != vm["pid"]
+    settle(box)
+    assert layers_of(box, vm) == 1
+    check_accounted(box)
