@@ -322,7 +322,7 @@ class CloudMachine(RuleBasedStateMachine):
             with (self.box.root / f"state/layers/{layer}/disk.qcow2").open("rb") as image:
                 block = read_block(image.fileno())
             if block:
-                return int(block.removeprefix(MARK))
+                return int(block.removeprefix(MARK)[:8])
             layer = parents[layer]
         return 0
 

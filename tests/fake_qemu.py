@@ -57,8 +57,9 @@ MARK = b"fake guest has its identity"
 RAN = b"fake guest ran when resumed"
 # What a guest prints whose memory and disk are of two machines.
 TORN = "EXT4-fs error: the disk is not the one that this memory knows"
-# Behind the mark: how often it has run since.
+# Behind the mark: how often it has run since, and the uuid of who it is.
 RUNS = b"%08d"
+BLOCK_BYTES = len(MARK) + 8 + 36
 # Where on the disk that is.
 MARK_OFFSET = 512 << 10
 
@@ -525,26 +526,30 @@ class FakeQemu:
 
     def is_somebody(self) -> bool:
         """Tell whether the guest has its identity; that of a copy's original is not its own."""
-        is_copy = "oscloud.identity=" in self.value("-append")
-        return (self.mark_in(self.disk()) if is_copy else self.read_mark()) == MARK
+        told = re.search(r"oscloud\.identity=(\S+)", self.value("-append"))
+        is_its_own = told is None or self.who_it_is() == told[1].encode()
+        return is_its_own and self.read_mark() == MARK
+
+    def who_it_is(self) -> bytes:
+        return read_block(self.marked())[-36:]
 
     def mark_in(self, file: int) -> bytes:
         return read_block(file)[: len(MARK)]
 
-    def write_mark(self, mark: bytes, runs: int = 0) -> None:
-        write_block(self.disk(), mark + RUNS % runs)
+    def write_mark(self, mark: bytes) -> None:
+        write_block(self.disk(), mark + RUNS % 0 + self.value("-uuid").encode())
 
     def runs(self) -> int:
         """Give how often the guest has run since it has its identity."""
         block = read_block(self.marked())
-        return int(block[len(MARK) :]) if block.startswith(MARK) else 0
+        return int(block[len(MARK) :][:8]) if block.startswith(MARK) else 0
 
     def do_x_runs(self) -> int:
         """What no qemu has: what its guest has written to its disk."""
         return self.runs()
 
     def write_runs(self, number: int) -> None:
-        self.write_mark(MARK, number)
+        write_block(self.disk(), MARK + RUNS % number + self.who_it_is())
 
     def login(self) -> None:
         if self.fault == "chatty":
@@ -621,7 +626,7 @@ def read_block(file: int) -> bytes:
     entry, bitmap = struct.unpack(">QQ", os.pread(file, 16, place))
     has_it = bool(bitmap & 1) if entry_bytes == 16 else True
     data = entry & OFFSET_MASK
-    return os.pread(file, len(MARK) + len(RUNS % 0), data) if data and has_it else b""
+    return os.pread(file, BLOCK_BYTES, data) if data and has_it else b""
 
 
 def write_block(file: int, content: bytes) -> None:
