@@ -186,6 +186,9 @@ class CloudMachine(RuleBasedStateMachine):
             is_somebody = self.is_somebody(known)
             first = verb if known.snapshots else "snapshot"
             act = plan_snapshot(first, name, known, pick, is_somebody=is_somebody)
+        elif verb in DISK_VERBS and not self.arena.is_fake:
+            # A guest that boots takes longer to let go of one than anybody waits here.
+            act = plan("pause", name, known, "")
         elif verb in DISK_VERBS:
             act = self.choose_disk(verb, pick, name, known)
         else:
@@ -304,7 +307,7 @@ class CloudMachine(RuleBasedStateMachine):
 
     def come_back(self, was: Known, snapshot: str) -> None:
         """A vm is at a snapshot again: its guest has run that often, or once more."""
-        if self.arena.counts_runs:
+        if self.arena.is_fake:
             (kept,) = [runs for (name, _layer), runs in self.kept_of(was.uuid) if name == snapshot]
             self.runs[was.uuid] = kept
 
@@ -328,7 +331,7 @@ class CloudMachine(RuleBasedStateMachine):
 
     def check_written(self) -> None:
         """Assert that snapshots and disks have what guests wrote: how often they were let run."""
-        for vm, known in self.model.items() if self.arena.counts_runs else ():
+        for vm, known in self.model.items() if self.arena.is_fake else ():
             for (name, layer), runs in self.kept_of(known.uuid):
                 key = (f"{known.uuid} {name}", layer)
                 assert self.kept.setdefault(key, runs) == runs, (known, name, self.kept)

@@ -31,7 +31,8 @@ class Arena:
 
     The cloud has a warm image, which every other vm begins with. `addresses` are those of guests
     that answer as an sshd does; `longest_wait_us` bounds the wait before a kill, `steps` is how
-    many a play has at most. `counts_runs`: its guests count on their disks how often they ran.
+    many a play has at most. `is_fake`: its guests count on their disks how often they ran, and
+    let go of disks at once.
     """
 
     open_box: Callable[[], ZygoteBox]
@@ -39,7 +40,7 @@ class Arena:
     creation: dict[str, Any]
     longest_wait_us: int
     steps: int
-    counts_runs: bool = False
+    is_fake: bool = False
     box: ZygoteBox = field(init=False)
     kills: Counter[str] = field(default_factory=Counter)
     wanted_kills: int = 1
