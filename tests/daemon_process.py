@@ -54,6 +54,7 @@ kind = "build"
 kernel = "vmlinuz"
 [guest]
 identity = "serial"
+ipv6 = true
 """
 
 # What a guest's sshd would say; the namespace has the guest's address for as long as this runs.

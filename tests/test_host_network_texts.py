@@ -1,7 +1,7 @@
 """What is said to `ip` and `nft` and read from them: pure functions."""
 
 import tempfile
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,14 @@ BRIDGE = Bridge("oscloud0", IPv4Address("192.168.0.1"), 16)
 
 GOLDEN = Path(__file__).parent / "golden" / "firewall.nft"
 NETWORKS = [
-    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16")),
-    GuestNetwork("oscbr1", IPv4Network("172.16.0.0/16"), nat=False),
+    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16"), subnet6=IPv6Network("fd00:a::/64")),
+    GuestNetwork(
+        "oscbr1", IPv4Network("172.16.0.0/16"), nat=False, subnet6=IPv6Network("fd00:b::/64")
+    ),
     GuestNetwork("oscbr2", IPv4Network("10.1.0.0/29"), isolated=True),
 ]
 PORTS = [
-    GuestPort("osctap0", "52:54:00:00:00:01", IPv4Address("192.168.0.2")),
+    GuestPort("osctap0", "52:54:00:00:00:01", IPv4Address("192.168.0.2"), IPv6Address("fd00:a::2")),
     GuestPort("osctap1", "52:54:00:00:00:02", IPv4Address("10.1.0.2")),
 ]
 

@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
+from ipaddress import IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def tables(path: Path) -> set[str]:
 def test_a_file_of_version_1_is_taken_over(old_file: Path) -> None:
     vm, job, network = read(Database(old_file), lambda: (Vm.get(), Job.get(), Network.get()))
     assert (network.name, network.isolated, network.nat) == ("default", False, True)
+    assert IPv6Network(network.subnet6).subnet_of(IPv6Network("fd00::/8"))
+    assert not vm.dual_stack
     assert (vm.id, vm.name, vm.qemu_pid, vm.started_at) == (3, "web", 4711, 1795565078.5)
     assert (job.id, job.state, job.stage) == (7, "RUNNING", "booting")
     assert (job.step, job.params, job.attempts, job.error_kind) == (0, "{}", 1, "")

@@ -89,10 +89,11 @@ class PortParams(Params, frozen=True):
 
 
 class NetworkCreateParams(Params, frozen=True):
-    """What a new network is to be; `subnet` None is the next free one."""
+    """What a new network is to be; `subnet` None is the next free one, `subnet6` a drawn one."""
 
     name: str
     subnet: str | None = None
+    subnet6: str | None = None
     isolated: bool = False
     nat: bool = True
     dns: list[str] = []

@@ -6,19 +6,19 @@ somebody else has changed them; a vm's own elements come and go with it.
 
 import asyncio
 import logging
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.table_keeping import keep_table
-from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.errors import NotFoundError
 from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
 from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.ruleset import TABLE, GuestNetwork, GuestPort, build_elements
 from oscloudd.host.network.set_elements import add_elements, delete_elements
 from oscloudd.store.database import Database
-from oscloudd.store.models import Network, Vm
+from oscloudd.store.models import Network
 
 _log = logging.getLogger(__name__)
 
@@ -107,13 +107,13 @@ def _read_all() -> tuple[list[GuestNetwork], list[GuestPort]]:
             IPv4Network(f"{row.ip}/{row.mask}"),
             isolated=row.isolated,
             nat=row.nat,
+            subnet6=None if row.subnet6 is None else IPv6Network(row.subnet6),
         )
         for row in Network.select()
     ]
-    vms = Vm.select(Vm.tap_interface_idx, Vm.mac, Vm.ip).where(Vm.state != VmState.DELETING)
-    ports = [GuestPort(f"osctap{tap}", mac, IPv4Address(ip)) for tap, mac, ip in vms.tuples()]
+    ports = [_port_of(vm) for vm in read_vms() if vm.state != VmState.DELETING]
     return networks, ports
 
 
 def _port_of(vm: VmRecord) -> GuestPort:
-    return GuestPort(vm.tap, vm.mac, IPv4Address(vm.ip))
+    return GuestPort(vm.tap, vm.mac, IPv4Address(vm.ip), vm.address6)

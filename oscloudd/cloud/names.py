@@ -85,7 +85,7 @@ class Names:
     def publish(self, vm: VmRecord) -> None:
         """Have a vm found by its name; may be called again, and after it got another name."""
         if self.is_available:
-            write_name(self._server_of(vm), vm.id, vm.ip, hostname_of(vm.name))
+            write_name(self._server_of(vm), vm.id, vm.addresses, hostname_of(vm.name))
 
     def forget(self, vm: VmRecord) -> None:
         """Have a vm found by its name no longer; may be called again."""
@@ -128,7 +128,7 @@ class Names:
         return troubles
 
     def _server_of(self, vm: VmRecord) -> NameServer:
-        return self.server(vm.bridge, IPv4Network(f"{vm.network_ip}/{vm.network_mask}"))
+        return self.server(vm.bridge, vm.subnet)
 
     def _keep(self, server: NameServer) -> None:
         if self.is_available and server.bridge not in self._keeping:

@@ -63,9 +63,11 @@ class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[guest]: how it is told who it is, its login prompt, and what is done in it at first boot.
 
     `commands` and `files` are for cloud-init: a template that is built does all that in `build`.
+    `ipv6` says of one that is built that it takes in an IPv6 address, too; cloud-init does.
     """
 
     identity: Literal["serial", "cloud-init"]
+    ipv6: bool = False
     login_prompt: str = "login:"
     commands: list[str] = []
     files: dict[str, PlacedFile] = {}
@@ -73,6 +75,11 @@ class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.identity == "serial" and (self.commands or self.files):
             raise ValueError("commands and files are for an identity by cloud-init")
+
+    @property
+    def takes_ipv6(self) -> bool:
+        """Whether a guest that is told an IPv6 address uses it."""
+        return self.ipv6 or self.identity == "cloud-init"
 
 
 class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

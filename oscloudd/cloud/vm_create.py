@@ -23,7 +23,7 @@ from oscloudd.cloud.disk_sizes import check_room
 from oscloudd.cloud.job_rows import insert_job
 from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
-from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
+from oscloudd.cloud.networks import NetworkRecord, Networks, read_network, told_address6
 from oscloudd.cloud.operations import OPERATIONS, Operations
 from oscloudd.cloud.port_specs import PortSpec
 from oscloudd.cloud.ports import Ports, insert_ports
@@ -313,7 +313,8 @@ class VmCreator:
         network = self._check_can_reserve(request)
         unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
         given = allocate(network, request.ip, spare, self._ports.host_ports())
-        identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
+        address6 = told_address6(network, template, given.ip)
+        identity = self._identity(request, network, given.ip, address6, mac_of(unique.hex), key)
         by_serial = template.declaration.guest.identity == "serial"
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
@@ -339,6 +340,7 @@ class VmCreator:
             mem_size=request.mem_size,
             cpus=request.cpus,
             ip=given.ip,
+            dual_stack=bool(address6),
             mac=identity.mac,
             tap_interface_idx=given.tap_index,
             qemu_serial_port=given.serial_port,
@@ -356,13 +358,21 @@ class VmCreator:
         return _insert_job(request, vm, None if by_serial else identity, spare)
 
     def _identity(
-        self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey
+        self,
+        request: VmRequest,
+        network: NetworkRecord,
+        address: str,
+        address6: str,
+        mac: str,
+        key: HostKey,
     ) -> GuestIdentity:
         return GuestIdentity(
             hostname=hostname_of(request.name),
             address=address,
             prefix_length=network.subnet.prefixlen,
             gateway=network.gateway,
+            address6=address6,
+            gateway6=network.gateway6 or "",
             mac=mac,
             dns=self._networks.resolvers(network),
             root_password_hash=hash_password(request.password),

@@ -20,7 +20,7 @@ from oscloudd.cloud.allocation import mac_of
 from oscloudd.cloud.archive_stream import ArchiveStream
 from oscloudd.cloud.jobs import Job, Jobs, Order
 from oscloudd.cloud.kernel_templates import KernelTemplates
-from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
+from oscloudd.cloud.networks import NetworkRecord, Networks, read_network, told_address6
 from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.states import VmState, WantedState
@@ -212,7 +212,8 @@ class VmImporter:
         check_name_is_free(settings.name)
         if key is None:
             given = _claim(settings, network, self._ports.host_ports())
-            return _Made(_insert_rows(settings, given, network, template, owner_uid), {})
+            vm = _insert_rows(settings, given, network, template, owner_uid, dual_stack=False)
+            return _Made(vm, {})
         by_serial = template.declaration.guest.identity == "serial"
         if by_serial and template.kernel is None:
             raise InvalidArgumentError("its guest can't be told: it boots with a kernel of its own")
@@ -223,6 +224,8 @@ class VmImporter:
             address=given.ip,
             prefix_length=network.subnet.prefixlen,
             gateway=network.gateway,
+            address6=told_address6(network, template, given.ip),
+            gateway6=network.gateway6 or "",
             mac=mac_of(unique.hex),
             dns=self._networks.resolvers(network),
             root_password_hash="",
@@ -240,7 +243,9 @@ class VmImporter:
             seed_document=build_document(identity) if by_serial else "",
         )
         seed = {} if by_serial else build_seed_files(identity, other.uuid, "", Hooks())
-        return _Made(_insert_rows(other, given, network, template, owner_uid), seed)
+        dual_stack = bool(identity.address6)
+        vm = _insert_rows(other, given, network, template, owner_uid, dual_stack=dual_stack)
+        return _Made(vm, seed)
 
 
 @dataclass(frozen=True)
@@ -291,6 +296,8 @@ def _insert_rows(
     network: NetworkRecord,
     template: ReadyTemplate,
     owner_uid: int,
+    *,
+    dual_stack: bool,
 ) -> VmRecord:
     is_taken = Vm.select().where(Vm.uuid == settings.uuid).exists()
     unique = str(uuid.uuid4()) if is_taken else settings.uuid
@@ -306,6 +313,7 @@ def _insert_rows(
         disk=disk,
         network=network.id,
         ip=given.ip,
+        dual_stack=dual_stack,
         tap_interface_idx=given.tap_index,
         qemu_serial_port=given.serial_port,
         state=VmState.CREATING,

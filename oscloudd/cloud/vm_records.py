@@ -5,14 +5,14 @@ its transaction would ask the database again, from the wrong thread.
 """
 
 import time
-from functools import cache
-from ipaddress import IPv4Network
+from functools import cache, lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
 
 import msgspec
 from peewee import fn
 
-from oscloudd.cloud.allocation import gateway_of
+from oscloudd.cloud.allocation import address6_of, gateway_of
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.states import VmState
 from oscloudd.host.processes import ProcessIdentity, is_same_process
@@ -33,7 +33,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     """The answer of `vm_info`: sizes in bytes, times in seconds since 1970.
 
     `bandwidth` is in bits a second, null for no limit. `nic` is in that answer only, and null for
-    a vm that does not run.
+    a vm that does not run. `ip6` is null where its guest is told none.
     """
 
     id: int
@@ -44,6 +44,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     os: str
     network: str
     ip: str
+    ip6: str | None
     gateway: str
     mac: str
     mem_size: int
@@ -85,10 +86,12 @@ class VmRecord(msgspec.Struct, frozen=True):
     network: str
     network_ip: str
     network_mask: int
+    network_subnet6: str | None
     bridge_index: int
     mem_size: int
     cpus: int
     ip: str
+    dual_stack: int
     mac: str
     tap_index: int
     serial_port: int
@@ -124,6 +127,24 @@ class VmRecord(msgspec.Struct, frozen=True):
         return f"oscbr{self.bridge_index}"
 
     @property
+    def subnet(self) -> IPv4Network:
+        """The subnet of its network."""
+        return _subnet(self.network_ip, self.network_mask)
+
+    @property
+    def address6(self) -> IPv6Address | None:
+        """Its IPv6 address, if its guest is told one."""
+        if not self.dual_stack or self.network_subnet6 is None:
+            return None
+        return _address6(self.network_subnet6, self.subnet, self.ip)
+
+    @property
+    def addresses(self) -> list[IPv4Address | IPv6Address]:
+        """All its addresses."""
+        address = IPv4Address(self.ip)
+        return [address] if self.address6 is None else [address, self.address6]
+
+    @property
     def process(self) -> ProcessIdentity | None:
         """Which qemu it ran as when last heard of."""
         if self.pid is None or self.start_ticks is None or self.boot_id is None:
@@ -149,10 +170,12 @@ _COLUMNS = (
     Network.name,
     Network.ip,
     Network.mask,
+    Network.subnet6,
     Network.bridge_interface_idx,
     Vm.mem_size,
     Vm.cpus,
     Vm.ip,
+    Vm.dual_stack,
     Vm.mac,
     Vm.tap_interface_idx,
     Vm.qemu_serial_port,
@@ -223,7 +246,8 @@ def describe(vm: VmRecord) -> VmInfo:
         os=vm.template,
         network=vm.network,
         ip=vm.ip,
-        gateway=_gateway(vm.network_ip, vm.network_mask),
+        ip6=None if vm.address6 is None else str(vm.address6),
+        gateway=str(gateway_of(vm.subnet)),
         mac=vm.mac,
         mem_size=vm.mem_size,
         disk_size=vm.disk_size,
@@ -249,5 +273,10 @@ def describe(vm: VmRecord) -> VmInfo:
 
 
 @cache
-def _gateway(network_ip: str, prefix_length: int) -> str:
-    return str(gateway_of(IPv4Network(f"{network_ip}/{prefix_length}")))
+def _subnet(network_ip: str, prefix_length: int) -> IPv4Network:
+    return IPv4Network(f"{network_ip}/{prefix_length}")
+
+
+@lru_cache(maxsize=4096)
+def _address6(subnet6: str, subnet: IPv4Network, ip: str) -> IPv6Address:
+    return address6_of(IPv6Network(subnet6), subnet, IPv4Address(ip))

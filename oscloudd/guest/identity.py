@@ -34,6 +34,8 @@ class GuestIdentity:
     authorized_keys: tuple[str, ...]
     host_key: HostKey
     machine_id: str
+    address6: str = ""  # with its prefix length; "" where it has none
+    gateway6: str = ""
     keeps_access: bool = False  # password and keys are those its disk has already
 
 
@@ -66,6 +68,8 @@ def build_document(identity: GuestIdentity) -> str:
         "machine_id": identity.machine_id,
         "greeting": GREETING,
     }
+    if identity.address6:
+        values |= {"address6": identity.address6, "gateway6": identity.gateway6}
     if identity.keeps_access:
         values["keep_access"] = "1"
     return "".join(_line(name, value.encode()) for name, value in values.items())

@@ -121,14 +121,19 @@ def _boothook(identity: GuestIdentity, hooks: Hooks) -> str:
 
 
 def _network_config(identity: GuestIdentity) -> dict[str, Any]:
+    addresses = [f"{identity.address}/{identity.prefix_length}"]
+    routes = [{"to": "default", "via": identity.gateway}]
+    if identity.address6:
+        addresses.append(identity.address6)
+        routes.append({"to": "::/0", "via": identity.gateway6})
     return {
         "version": 2,
         "ethernets": {
             "eth0": {
                 "match": {"macaddress": identity.mac},
                 "set-name": "eth0",
-                "addresses": [f"{identity.address}/{identity.prefix_length}"],
-                "routes": [{"to": "default", "via": identity.gateway}],
+                "addresses": addresses,
+                "routes": routes,
                 "nameservers": {"addresses": [*identity.dns]},
                 # Nobody advertises routes here, and networkd would have the boot wait 12 s for it.
                 "accept-ra": False,

@@ -67,6 +67,7 @@ class Network(Table):
     dns = LongTextField(default="")  # space separated; "" is the host's own resolvers
     isolated = BooleanField(default=False)  # its guests reach nothing behind the host
     nat = BooleanField(default=True)  # without, they go out under their own addresses
+    subnet6 = CharField(max_length=43, null=True, unique=True)  # its IPv6 /64; null is none
     created_at = DoubleField()
 
 
@@ -115,6 +116,7 @@ class Vm(Table):
     mem_size = BigIntegerField()
     cpus = IntegerField()
     ip = CharField(max_length=15)
+    dual_stack = BooleanField(default=False)  # its guest is told an IPv6 address, too
     mac = CharField(max_length=17, unique=True)
     tap_interface_idx = IntegerField(unique=True)
     qemu_serial_port = IntegerField(unique=True)

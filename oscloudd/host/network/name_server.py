@@ -7,8 +7,9 @@ comes, changes or goes is a file, and costs no process. All else it asks the hos
 import functools
 import pwd
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from oscloudd.errors import HostError
@@ -77,11 +78,13 @@ def find_name_server(server: NameServer) -> ProcessIdentity | None:
     return identity if f"--pid-file={server.pid_file}".encode() in command else None
 
 
-def write_name(server: NameServer, number: int, address: str, name: str) -> None:
-    """Have a guest's address found by a name, and by that one only."""
+def write_name(
+    server: NameServer, number: int, addresses: Iterable[IPv4Address | IPv6Address], name: str
+) -> None:
+    """Have a guest's addresses, of either family, found by a name, and by that one only."""
     server.hosts.mkdir(parents=True, exist_ok=True)
     path = server.hosts / str(number)
-    text = f"{address} {name}.{DOMAIN} {name}\n"
+    text = "".join(f"{address} {name}.{DOMAIN} {name}\n" for address in addresses)
     if not path.exists() or path.read_text(encoding="ascii") != text:
         # dnsmasq leaves names that begin with a dot alone.
         draft = server.hosts / f".{number}"
