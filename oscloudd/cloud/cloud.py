@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from oscloudd import __version__
+from oscloudd.cloud.bridge_keeping import BridgeKeeper
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.disk_attachments import DiskAttachments
@@ -116,6 +117,7 @@ class Cloud:
             slots,
             data_disks,
         )
+        self._bridges = BridgeKeeper(database, self._supervisor, self.ports, self.events)
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
         )
@@ -237,6 +239,7 @@ class Cloud:
             self._firewall.keep(),
             self.ports.keep(),
             self._rates.keep(),
+            self._bridges.keep(),
             self._reconciler.run(),
             self._keep_warm(),
             self._keep_house(),
@@ -255,6 +258,7 @@ class Cloud:
         await self.ports.close()
         await self.names.close()
         self._rates.close()
+        self._bridges.close()
         await self._pool.close()
         await self._supervisor.close()
         self._firewall.close()

@@ -9,8 +9,8 @@ import logging
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.keeping import keep_as_it_was
 from oscloudd.cloud.states import VmState
-from oscloudd.cloud.table_keeping import keep_table
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.errors import NotFoundError
 from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
@@ -86,7 +86,7 @@ class Firewall:
 
     async def keep(self) -> None:
         """Put the tables back whenever somebody else has changed them, until cancelled."""
-        await keep_table("the firewall", self._changes, self._put_back)
+        await keep_as_it_was("the firewall", self._changes, self._put_back)
 
     async def _put_back(self) -> None:
         if not self._is_up:

@@ -18,10 +18,10 @@ from peewee import Expression
 
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
+from oscloudd.cloud.keeping import keep_as_it_was
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.port_specs import HostPort, PortName, PortSpec
 from oscloudd.cloud.states import VmState
-from oscloudd.cloud.table_keeping import keep_table
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.errors import CloudError, InUseError, InvalidArgumentError, InvalidStateError
 from oscloudd.host.network.connections import end_connections_of, end_forwarded
@@ -99,7 +99,7 @@ class Ports:
 
     async def keep(self) -> None:
         """Put the rules back whenever somebody else has changed them, until cancelled."""
-        await keep_table("the table of forwarded ports", self._rules, self._put_back)
+        await keep_as_it_was("the table of forwarded ports", self._rules, self._put_back)
 
     @asynccontextmanager
     async def reserving(self, specs: Sequence[PortSpec]) -> AsyncIterator[None]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from oscloudd.cloud.table_keeping import keep_table
+from oscloudd.cloud.keeping import keep_as_it_was
 from oscloudd.errors import HostError
 from oscloudd.host.network.links import numbers_in_use
 from oscloudd.host.network.nft_events import TableEvents
@@ -45,7 +45,7 @@ class Rates:
 
     async def keep(self) -> None:
         """Put the limits back whenever somebody else has changed them, until cancelled."""
-        await keep_table("the table of bandwidths", self._changes, self._put_back)
+        await keep_as_it_was("the table of bandwidths", self._changes, self._put_back)
 
     async def _put_back(self) -> None:
         if self._applied:

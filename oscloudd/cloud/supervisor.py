@@ -128,6 +128,14 @@ class Supervisor:
         await self._networks.ensure_up(await self._network_of(vm))
         await self._networks.admit(vm)
 
+    async def connect(self, vm: VmRecord, *, checked_within_seconds: float = 0.0) -> None:
+        """Have a running vm on its network again: bridge and rules first, then its tap."""
+        network = await self._network_of(vm)
+        await self._networks.ensure_up(network, checked_within_seconds=checked_within_seconds)
+        await self._networks.admit(vm)
+        join_tap(vm.tap, vm.bridge)
+        guard_port(vm.tap, vm.mac)
+
     async def spawn(
         self,
         vm: VmRecord,
@@ -371,11 +379,8 @@ class Supervisor:
         return InvalidStateError(message)
 
     async def _see_adopted(self, vm: VmRecord, held: Held, *, see: bool) -> None:
-        # The bridge and its rules first: the guest has been using them all the while.
-        await self._networks.ensure_up(await self._network_of(vm), checked_within_seconds=5.0)
-        await self._networks.admit(vm)
-        join_tap(vm.tap, vm.bridge)
-        guard_port(vm.tap, vm.mac)
+        # First of all: the guest has been using it all the while.
+        await self.connect(vm, checked_within_seconds=5.0)
         status = await held.qemu.status(timeout_seconds=ADOPTION_SECONDS)
         if see:
             if status == "prelaunch":
