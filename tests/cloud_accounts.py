@@ -47,7 +47,7 @@ def expected_traces(box: Box) -> dict[str, Any]:
         "vm rows": sorted((vm["id"], vm["name"]) for vm in vms),
         "disk rows": sorted(disks),
         "taps": sorted(f"osctap{taps.get(vm['id'])}" for vm in live),
-        "addresses": sorted(vm["ip"] for vm in live),
+        "addresses": sorted(address for vm in live for address in addresses_of(vm)),
         "ports": sorted(f"127.0.0.1:{vm['serial_port']}" for vm in live),
         "processes": sorted(vm["pid"] for vm in live),
         "run directories": sorted(f"run/vms/{vm['id']}" for vm in live),
@@ -75,6 +75,11 @@ def needed_layers(box: Box) -> list[int]:
     return sorted(needed)
 
 
+def addresses_of(vm: dict[str, Any]) -> list[str]:
+    """Give a vm's addresses of both families."""
+    return [vm["ip"]] if vm["ip6"] is None else [vm["ip"], vm["ip6"]]
+
+
 def rule_of(spec: str, guest_address: str) -> str:
     """Give what the host's rules say of a port that `vm_info` shows."""
     address, port, rest = spec.split(":")
@@ -86,7 +91,9 @@ def rule_of(spec: str, guest_address: str) -> str:
 def seen_traces(box: Box) -> dict[str, Any]:
     """Give what there is, without what tests themselves have put there."""
     seen = box.traces()
-    down = {vm["ip"] for vm in box.call("vm_list") if vm["pid"] is None}
+    down = {
+        address for vm in box.call("vm_list") if vm["pid"] is None for address in addresses_of(vm)
+    }
     seen["vm rows"] = sorted(seen.get("vm rows", []))
     seen["disk rows"] = sorted(number for number, _name in seen.get("disk rows", []))
     # A vm that is down keeps its address, and its neighbour entry may stay.

@@ -112,6 +112,9 @@ def test_a_vendors_image_becomes_who_it_is_told(
     assert cloud.ssh(vm, "hostname") == "my-web"
     assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address show eth0")
     assert f"default via {vm['gateway']} " in cloud.ssh(vm, "ip route")
+    gateway6 = cloud.call("network_info", network="default")["gateway6"]
+    assert f"inet6 {vm['ip6']}/64" in cloud.ssh(vm, "ip -6 -o address show eth0")
+    assert f"default via {gateway6} " in cloud.ssh(vm, "ip -6 route")
     resolvers = cloud.ssh(vm, "cat /run/systemd/resolve/resolv.conf")
     assert f"nameserver {vm['gateway']}\n" in resolvers
     assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 2.7 * (1 << 20)

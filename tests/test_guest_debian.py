@@ -7,7 +7,7 @@ from guest_cloud import GuestCloud, open_cloud
 
 pytestmark = [pytest.mark.guest, pytest.mark.debian]
 
-IDENTITY = "hostname; cat /etc/machine-id /etc/shadow; ip -4 -o address | grep -v ' lo '; ip route"
+IDENTITY = "hostname; cat /etc/machine-id /etc/shadow; ip -o address | grep -v ' lo '; ip route"
 
 
 @pytest.fixture
@@ -21,6 +21,10 @@ def test_debian_knows_who_it_is_and_stays_so(cloud: GuestCloud) -> None:
     assert cloud.ssh(vm, "hostname") == "my-debian"
     assert cloud.ssh_by_password(vm, "123456", "hostname") == "my-debian"
     assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address")
+    assert f"inet6 {vm['ip6']}/64" in cloud.ssh(vm, "ip -6 -o address show eth0")
+    gateway6 = cloud.call("network_info", network="default")["gateway6"]
+    assert f"default via {gateway6} dev eth0" in cloud.ssh(vm, "ip -6 route")
+    cloud.ssh(vm, f"ping -c 1 -W 20 {gateway6}")
     assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 9 * (1 << 20)
     assert "Powered by OS Cloud" in cloud.ssh(vm, "cat /etc/motd /run/motd.dynamic 2>/dev/null")
     before = cloud.ssh(vm, IDENTITY)

@@ -67,6 +67,10 @@ def test_the_seed_says_who_the_guest_is() -> None:
     assert card["routes"] == [{"to": "default", "via": "192.168.0.1"}]
     assert card["nameservers"] == {"addresses": ["192.168.0.1", "192.0.2.53"]}
     assert card["accept-ra"] is False
+    dual = replace(IDENTITY, address6="fd00:a::2/64", gateway6="fd00:a::1")
+    card = json.loads(seed(dual)["network-config"])["ethernets"]["eth0"]
+    assert card["addresses"] == ["192.168.0.2/16", "fd00:a::2/64"]
+    assert card["routes"][1:] == [{"to": "::/0", "via": "fd00:a::1"}]
     keys = vendor_config(files)["ssh_keys"]
     assert keys == {"ed25519_private": "PRIVATE\n", "ed25519_public": "ssh-ed25519 CCCC\n"}
 
