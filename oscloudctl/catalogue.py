@@ -42,6 +42,7 @@ COMMANDS: dict[str, Entry] = {
     "vm-publish": Entry(_VM, "vm_publish", "Make a template of a stopped vm."),
     "vm-wait": Entry(_VM, "vm", "Wait until vms are ready, in a given state, or answer."),
     "vm-ssh": Entry(_INSIDE, "vm_inside", "Log in to a vm, or run a command in it, by ssh."),
+    "vm-ssh-config": Entry(_INSIDE, "vm_inside", "Print how ssh alone finds vms: ~/.ssh/config."),
     "vm-console": Entry(_INSIDE, "vm_inside", "Attach the terminal to a vm's serial console."),
     "vm-log": Entry(_INSIDE, "vm_inside", "Show what a vm printed on its console, or qemu said."),
     "vm-qemu-command": Entry(_INSIDE, "vm_inside", "Send a QMP command to a vm's qemu."),

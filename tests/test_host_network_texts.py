@@ -9,6 +9,7 @@ import pytest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.network.bridges import Bridge, build_changes, build_creation
 from oscloudd.host.network.firewall import parse_ruleset_bridges
+from oscloudd.host.network.host_names import build_commands, can_find_guests
 from oscloudd.host.network.interfaces import check_interface_name
 from oscloudd.host.network.links import Links, Tap, parse_links
 from oscloudd.host.network.name_server import (
@@ -131,6 +132,15 @@ def test_a_name_server_is_confined_by_systemd() -> None:
     assert service[service.index("--") + 1 :] == argv
     assert "--property=TemporaryFileSystem=/run/oscloud:mode=0755" in service
     assert "--property=BindPaths=/run/oscloud/names/oscbr0" in service
+
+
+def test_the_host_is_told_of_a_name_server_after_what_it_is_for() -> None:
+    assert build_commands("oscbr0", IPv4Address("192.168.0.1")) == [
+        ["resolvectl", "default-route", "oscbr0", "no"],
+        ["resolvectl", "domain", "oscbr0", "~oscloud"],
+        ["resolvectl", "dns", "oscbr0", "192.168.0.1"],
+    ]
+    assert not can_find_guests()  # these tests are no service of systemd's
 
 
 def test_what_keeps_a_name_server_from_its_names_is_found() -> None:

@@ -14,6 +14,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError
 from oscloudd.host.network.firewall import check_ruleset, find_missing_tables
 from oscloudd.host.network.forwarding import find_closed_sysctl
+from oscloudd.host.network.host_names import can_find_guests
 from oscloudd.host.network.other_firewalls import find_obstacles
 from oscloudd.host.resources import disk_free_bytes, memory_available_bytes, qemu_version
 from oscloudd.host.scopes import SLICE, find_missing_controllers
@@ -172,7 +173,12 @@ class Doctor:
         if troubles:
             hint = "what has port 53 of the bridge? ss -lnup; what it may not read: chmod o+x"
             return "warning", f"name servers: {', '.join(troubles)}", hint
-        return "ok", "guests find each other as NAME.oscloud", ""
+        this_host = (
+            "and this host finds them"
+            if can_find_guests()
+            else "this host would with systemd-resolved: now it has vm-ssh-config"
+        )
+        return "ok", f"guests find each other as NAME.oscloud, {this_host}", ""
 
     async def _look_at_disk(self) -> tuple[Verdict, str, str]:
         free = disk_free_bytes(self._config.state_path)

@@ -16,6 +16,8 @@ from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, NotFoundError
 from oscloudd.guest.identity import hostname_of
+from oscloudd.host.network.host_names import can_find_guests, lead_to_guests
+from oscloudd.host.network.interfaces import find_index
 from oscloudd.host.network.name_server import (
     NameServer,
     delete_name,
@@ -50,6 +52,8 @@ class Names:
         self._keeping: dict[str, asyncio.Task[None]] = {}
         self._servers: dict[str, NameServer] = {}
         self._answered: dict[str, asyncio.Event] = {}
+        self._host_knows: dict[str, int | None] = {}
+        self._telling: set[asyncio.Task[None]] = set()
         self.is_available = is_installed()
 
     def server(self, bridge: str, subnet: IPv4Network, *, isolated: bool = False) -> NameServer:
@@ -79,8 +83,10 @@ class Names:
     async def serve(self, bridge: str, subnet: IPv4Network, *, isolated: bool) -> None:
         """Have a network's name server answer, or be tried again and again behind our back."""
         if self.is_available:
-            self._keep(self.server(bridge, subnet, isolated=isolated))
+            server = self.server(bridge, subnet, isolated=isolated)
+            self._keep(server)
             await self._answered[bridge].wait()
+            self._tell_host(server)
 
     def publish(self, vm: VmRecord) -> None:
         """Have a vm found by its name; may be called again, and after it got another name."""
@@ -93,9 +99,10 @@ class Names:
 
     async def close(self) -> None:
         """Leave the name servers of networks with running vms alone, and end the others."""
-        for task in self._keeping.values():
+        working = [*self._keeping.values(), *self._telling]
+        for task in working:
             task.cancel()
-        await asyncio.gather(*self._keeping.values(), return_exceptions=True)
+        await asyncio.gather(*working, return_exceptions=True)
         try:
             vms = await self._database.run(read_vms)
         except CloudError:  # then nobody can tell which are needed
@@ -126,6 +133,15 @@ class Names:
             elif barrier is not None:
                 troubles.append(f"that of {server.bridge} may not read below {barrier}")
         return troubles
+
+    def _tell_host(self, server: NameServer) -> None:
+        """Have the host, too, find the guests behind a bridge: once for each that is made."""
+        index = find_index(server.bridge)
+        if self._host_knows.get(server.bridge) != index and can_find_guests():
+            self._host_knows[server.bridge] = index
+            telling = asyncio.create_task(_tell_host(server), name=f"names of {server.bridge}")
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
 
     def _server_of(self, vm: VmRecord) -> NameServer:
         return self.server(vm.bridge, vm.subnet)
@@ -173,6 +189,13 @@ class Names:
             await process.wait_exit(None)
         finally:
             process.close()
+
+
+async def _tell_host(server: NameServer) -> None:
+    try:
+        await lead_to_guests(server.bridge, server.gateway)
+    except CloudError as error:
+        _log.warning("this host does not find guests by name: %s", error.message)
 
 
 async def _end(server: NameServer) -> None:
