@@ -68,7 +68,7 @@ def vm_export(session: Session, vm: str, file: str, *, force: bool, as_json: boo
     """Write a vm into one file, for vm-import.
 
     That may be on another machine. The vm has to be stopped. The file is a tar with its settings,
-    its disk and what it boots with; its guest's keys are in it, so it is for you alone to read. -
+    its disks and what it boots with; its guest's keys are in it, so it is for you alone to read. -
     is standard output.
     """
     _export(session, file, "vm_export", force=force, as_json=as_json, vm=parse_target(vm))

@@ -17,6 +17,7 @@ COLUMNS = (
     Column("ID", "id"),
     Column("NAME", "name"),
     Column("SUBNET", "subnet"),
+    Column("SUBNET6", "subnet6"),
     Column("GATEWAY", "gateway"),
     Column("BRIDGE", "bridge"),
     Column("USED", "addresses_used"),
@@ -56,6 +57,10 @@ def network_info(
 @click.option(
     "--subnet", metavar="CIDR", help="Its addresses, such as 10.20.0.0/24.  [default: a free /24]"
 )
+@click.option(
+    "--subnet6", metavar="CIDR",
+    help='Its IPv6 addresses, a /64 within fc00::/7, or "none".  [default: one that is drawn]',
+)  # fmt: skip
 @click.option("--isolated", is_flag=True, help="Its vms reach nothing but each other and the host.")
 @click.option(
     "--no-nat", is_flag=True,
@@ -72,6 +77,7 @@ def network_create(
     session: Session,
     name: str,
     subnet: str | None,
+    subnet6: str | None,
     dns: tuple[str, ...],
     *,
     isolated: bool,
@@ -84,6 +90,7 @@ def network_create(
         "network_create",
         name=name,
         subnet=subnet,
+        subnet6=subnet6,
         isolated=isolated or None,
         nat=False if no_nat else None,
         dns=list(dns) or None,

@@ -134,7 +134,8 @@ def snapshot_delete(
 ) -> None:
     """Forget a snapshot.
 
-    The vm and its other snapshots stay as they are.
+    The vm and its other snapshots stay as they are. What it had becomes part of the one above it,
+    unless something else stands on it.
     """
     answer = _call(session, "snapshot_delete", vm, no_wait=no_wait, snapshot=snapshot)
     if as_json:

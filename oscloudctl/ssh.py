@@ -31,17 +31,41 @@ def build_arguments(
     One word of command is shell text, as with ssh itself; several are one command whose words
     arrive as they are. Without host keys the first connection is trusted, and only that.
     """
-    trust = "accept-new" if known_hosts is None else "yes"
-    argv = ["ssh", "-o", f"StrictHostKeyChecking={trust}"]
-    if known_hosts is not None:
-        argv += ["-o", f"UserKnownHostsFile={_quote_option(known_hosts)}"]
-        argv += ["-o", "GlobalKnownHostsFile=/dev/null", "-o", "UpdateHostKeys=no"]
+    argv = ["ssh"]
+    for name, value in _trust(known_hosts).items():
+        argv += ["-o", f"{name}={value}"]
     for identity in identities:
         argv += ["-i", str(identity)]
     argv += ["-l", user, "--", address]
     if command:
         argv.append(command[0] if len(command) == 1 else shlex.join(command))
     return argv
+
+
+def build_config(
+    vm: dict[str, Any], *, user: str, known_hosts: Path | None, identities: Sequence[Path]
+) -> str:
+    """Give the part of an ssh_config(5) by which ssh alone finds a vm, as NAME.oscloud."""
+    name = vm["name"]
+    # As the guest itself is called, and found by name.
+    names = dict.fromkeys([name, name.lower().replace("_", "-").rstrip("-")])
+    settings = {"HostName": vm["ip"], "User": user, **_trust(known_hosts)}
+    lines = [f"Host {' '.join(f'{each}.oscloud' for each in names)}"]
+    lines += [f"    {setting} {value}" for setting, value in settings.items()]
+    lines += [f"    IdentityFile {_quote_option(identity)}" for identity in identities]
+    return "\n".join([*lines, ""])
+
+
+def _trust(known_hosts: Path | None) -> dict[str, str]:
+    """Give the options by which ssh trusts the guest's own keys, and no others."""
+    if known_hosts is None:
+        return {"StrictHostKeyChecking": "accept-new"}
+    return {
+        "StrictHostKeyChecking": "yes",
+        "UserKnownHostsFile": _quote_option(known_hosts),
+        "GlobalKnownHostsFile": "/dev/null",
+        "UpdateHostKeys": "no",
+    }
 
 
 def write_known_hosts(vm: dict[str, Any]) -> Path | None:

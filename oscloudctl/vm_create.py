@@ -38,8 +38,10 @@ wait_option = click.option(
     help=f"The template it is made from.  [default: {DEFAULT_IMAGE}]",
 )  # fmt: skip
 @click.option(
-    "--network", metavar="NETWORK", shell_complete=complete_from("network_list"),
-    help='The network it is in.  [default: "default"]',
+    "--network", multiple=True, metavar="NETWORK[,ip=ADDRESS]",
+    shell_complete=complete_from("network_list"),
+    help="The network it is in; several times for a card in each, the first of which has the way"
+    ' out.  [default: "default"]',
 )  # fmt: skip
 @click.option("--mem-size", metavar="SIZE", help="Memory, such as 512M.  [default: 1G]")
 @click.option("--disk-size", metavar="SIZE", help="Disk, such as 20G.  [default: 10G]")
@@ -48,7 +50,7 @@ wait_option = click.option(
     help="Begin on this disk, made by disk-create --template, in place of a new one.",
 )  # fmt: skip
 @click.option("--cpus", type=int, metavar="N", help="Virtual processors.  [default: 1]")
-@click.option("--ip", metavar="ADDRESS", help="Its address.  [default: the next free one]")
+@click.option("--ip", metavar="ADDRESS", help="Its (first) address.  [default: the next free one]")
 @click.option(
     "--ssh-key", "ssh_keys", multiple=True, metavar="FILE",
     help="A public key that may log in as root; several times for several."
@@ -88,6 +90,7 @@ def vm_create(
     disk: str | None,
     wait: str | None,
     publish: tuple[str, ...],
+    network: tuple[str, ...],
     *,
     no_ssh_key: bool,
     no_wait: bool,
@@ -104,6 +107,7 @@ def vm_create(
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
     params["publish"] = list(publish) or None
+    params["network"] = _read_networks(network)
     params["user_data"] = _read_user_data(user_data)
     chosen = choose_wait(wait, no_wait=no_wait)
     answer = call_job(
@@ -137,6 +141,11 @@ def choose_wait(wait: str | None, *, no_wait: bool) -> str:
     if no_wait and wait not in (None, "none"):
         raise click.UsageError(f"--no-wait and --wait {wait} exclude each other")
     return "none" if no_wait else wait or "ready"
+
+
+def _read_networks(given: tuple[str, ...]) -> Any:
+    networks = [parse_target(each) for each in given]
+    return networks if len(networks) > 1 else next(iter(networks), None)
 
 
 def _read_keys(ssh_keys: tuple[str, ...], *, no_ssh_key: bool) -> list[str] | None:

@@ -1,7 +1,5 @@
 """The command vm-import: a vm from a file that vm-export wrote."""
 
-from pathlib import Path
-
 import click
 
 from oscloudctl.job_call import call_job
@@ -22,7 +20,7 @@ _SILENCE_SECONDS = 1800.0
 
 
 @click.command("vm-import")
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--name", metavar="NAME", help="What it is to be called.  [default: as it was]")
 @click.option(
     "--network", metavar="NETWORK", shell_complete=complete_from("network_list"),
@@ -48,17 +46,19 @@ def vm_import(
 
     It has the contents and the identity it had: address, MAC, ssh host keys. Where another vm has
     its address it is refused, unless with --new-identity, which leaves nothing as it was but the
-    contents and who may log in.
+    contents and who may log in. A data disk whose name another has is given another one.
+
+    - is standard input, for what another machine sends: ssh HOST oscloudctl vm-export VM - |
+    oscloudctl vm-import -
     """
     try:
-        upload = Upload(Path(file))
+        upload = Upload(file)
     except NotAFileError as error:
         raise click.UsageError(str(error)) from error
     with upload:
         vm = call_job(
-            session, "vm_import", subject=name or Path(file).name,
-            silence_seconds=_SILENCE_SECONDS, upload=upload, size=upload.size_bytes,
-            file_name=Path(file).name, name=name,
+            session, "vm_import", subject=name or upload.params["file_name"],
+            silence_seconds=_SILENCE_SECONDS, upload=upload, **upload.params, name=name,
             network=None if network is None else parse_target(network),
             new_identity=new_identity or None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import click
 from oscloudctl.output import make_printable, print_guest_text, print_json
 from oscloudctl.session import (
     Session,
+    complete_from,
     json_option,
     parse_target,
     pass_session,
@@ -55,6 +56,36 @@ def vm_ssh(
     except FileNotFoundError as error:
         hint = "sudo apt install openssh-client"
         raise HostError("there is no ssh on this machine", hint=hint) from error
+
+
+@click.command("vm-ssh-config")
+@click.option("--user", default="root", show_default=True, help="Who to log in as.")
+@socket_option
+@click.argument("vms", metavar="[VM...]", nargs=-1, shell_complete=complete_from("vm_list"))
+@pass_session
+def vm_ssh_config(session: Session, vms: tuple[str, ...], user: str) -> None:
+    """Print how ssh alone finds vms: ~/.ssh/config.
+
+    It is of all vms, or of those that are named. As a file that ~/.ssh/config includes, it lets
+    "ssh web.oscloud", scp and rsync find them and know their keys:
+
+    \b
+        oscloudctl vm-ssh-config >~/.ssh/oscloud
+        sed -i '1i Include oscloud' ~/.ssh/config
+    """
+    from oscloudctl.keys import list_identities
+    from oscloudctl.ssh import build_config, write_known_hosts
+
+    if vms:
+        infos = [session.call("vm_info", vm=parse_target(vm)) for vm in vms]
+    else:
+        infos = session.call("vm_list")
+    identities = list_identities()
+    parts = [
+        build_config(info, user=user, known_hosts=write_known_hosts(info), identities=identities)
+        for info in infos
+    ]
+    click.echo("\n".join(parts), nl=False)
 
 
 @click.command("vm-console")

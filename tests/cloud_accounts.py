@@ -29,7 +29,8 @@ def expected_traces(box: Box) -> dict[str, Any]:
     """Give what `Box.traces` must find when the vms of the list are all there is."""
     vms = box.call("vm_list")
     disks = [disk["id"] for disk in box.call("disk_list")]
-    taps = dict(box.rows("SELECT id, tap_interface_idx FROM vm"))
+    bridges = {network["name"]: network["bridge"] for network in box.call("network_list")}
+    nics = [(vm, nic) for vm in vms for nic in vm["nics"]]
     live = [vm for vm in vms if vm["pid"] is not None]
     logs = [f"log/vm-{vm['id']}{kind}.log" for vm in vms for kind in ("", ".console")]
     layers = needed_layers(box)
@@ -46,8 +47,9 @@ def expected_traces(box: Box) -> dict[str, Any]:
         ),
         "vm rows": sorted((vm["id"], vm["name"]) for vm in vms),
         "disk rows": sorted(disks),
-        "taps": sorted(f"osctap{taps.get(vm['id'])}" for vm in live),
-        "addresses": sorted(vm["ip"] for vm in live),
+        "nic rows": sorted((vm["id"], nic["slot"], nic["ip"]) for vm, nic in nics if nic["slot"]),
+        "taps": sorted(nic["tap"] for vm, nic in nics if vm in live),
+        "addresses": sorted(a for vm, nic in nics if vm in live for a in addresses_of(nic)),
         "ports": sorted(f"127.0.0.1:{vm['serial_port']}" for vm in live),
         "processes": sorted(vm["pid"] for vm in live),
         "run directories": sorted(f"run/vms/{vm['id']}" for vm in live),
@@ -56,7 +58,11 @@ def expected_traces(box: Box) -> dict[str, Any]:
             f"state/disks/{vm['disk']}/suspended" for vm in vms if vm["state"] == "SUSPENDED"
         ),
         "logs": sorted(logs),
-        "names": sorted(f"run/names/oscbr0/hosts/{vm['id']}" for vm in vms if is_installed()),
+        "names": sorted(
+            f"run/names/{bridges[nic['network']]}/hosts/{vm['id']}"
+            for vm, nic in nics
+            if is_installed()
+        ),
         "port rows": sorted((vm["id"], spec) for vm in vms for spec in vm["ports"]),
         "forwarded ports": sorted(rule_of(spec, vm["ip"]) for vm in vms for spec in vm["ports"]),
     }
@@ -75,6 +81,11 @@ def needed_layers(box: Box) -> list[int]:
     return sorted(needed)
 
 
+def addresses_of(vm: dict[str, Any]) -> list[str]:
+    """Give a vm's addresses of both families."""
+    return [vm["ip"]] if vm["ip6"] is None else [vm["ip"], vm["ip6"]]
+
+
 def rule_of(spec: str, guest_address: str) -> str:
     """Give what the host's rules say of a port that `vm_info` shows."""
     address, port, rest = spec.split(":")
@@ -86,7 +97,8 @@ def rule_of(spec: str, guest_address: str) -> str:
 def seen_traces(box: Box) -> dict[str, Any]:
     """Give what there is, without what tests themselves have put there."""
     seen = box.traces()
-    down = {vm["ip"] for vm in box.call("vm_list") if vm["pid"] is None}
+    off = [vm for vm in box.call("vm_list") if vm["pid"] is None]
+    down = {address for vm in off for nic in vm["nics"] for address in addresses_of(nic)}
     seen["vm rows"] = sorted(seen.get("vm rows", []))
     seen["disk rows"] = sorted(number for number, _name in seen.get("disk rows", []))
     # A vm that is down keeps its address, and its neighbour entry may stay.

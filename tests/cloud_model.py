@@ -9,124 +9,36 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from cloud_accounts import SETTLE_SECONDS, Question, check_accounted, settle, tail
+from cloud_acts import (
+    DISK_VERBS,
+    DISKS,
+    SNAPSHOT_VERBS,
+    VERBS,
+    Act,
+    Known,
+    Outcome,
+    plan,
+    plan_disk,
+    plan_disk_alone,
+    plan_snapshot,
+    see_disks,
+    see_vms,
+)
 from dying_daemon import Death
+from fake_qemu import MARK, read_block
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-DOWN = ("STOPPED", "SUSPENDED", "CRASHED", "ERROR")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What its user knows of a vm."""
-
-    state: str
-    wanted: str
-    pid: int | None
-    uuid: str
-
-    @classmethod
-    def of(cls, vm: dict[str, Any]) -> "Known":
-        return cls(vm["state"], vm["wanted_state"], vm["pid"], vm["uuid"])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a vm is when something has been done to it; `pid` is "same", "new" or "none"."""
-
-    name: str
-    state: str
-    wanted: str
-    pid: str
-
-    def is_met(self, was: Known | None, now: dict[str, Known]) -> bool:
-        vm = now.get(self.name)
-        if vm is None or (vm.state, vm.wanted) != (self.state, self.wanted):
-            return False
-        if was is not None and vm.uuid != was.uuid:
-            return False
-        before = was.pid if was is not None else None
-        if self.pid == "new":
-            return vm.pid is not None and vm.pid != before
-        return vm.pid == (before if self.pid == "same" else None)
-
-
-@dataclass(frozen=True)
-class Act:
-    """Something a user does to the vm `name`: what follows, None where that is its end."""
-
-    method: str
-    params: dict[str, Any]
-    name: str
-    outcome: Outcome | None
-    is_refused: bool = False
-
-
 Moment = tuple[str, int]
-VERBS = (
-    "create", "start", "stop", "stop --force", "pause", "resume", "restart", "delete",
-    "delete --force", "rename", "suspend",
-)  # fmt: skip
-
-
-def plan(verb: str, name: str, known: Known, new_name: str) -> Act:
-    """Say what is asked for and what must come of it."""
-    method, _, force = verb.partition(" ")
-    params: dict[str, Any] = {"vm": name}
-    down = known.state in DOWN
-    same = Outcome(name, known.state, known.wanted, "none" if down else "same")
-    fresh = replace(same, state="RUNNING", wanted="RUNNING", pid="new")
-    if method == "suspend" or known.state == "SUSPENDED":
-        return plan_suspended(method, bool(force), name, known, new_name)
-    if method in ("stop", "delete", "restart"):
-        # A guest that is paused can't hear its power button.
-        params |= {"force": bool(force), "timeout": 1 if known.state == "PAUSED" else 30}
-    if method == "rename":
-        params["name"] = new_name
-    if method in ("stop", "delete", "rename"):
-        off = replace(same, state=known.state if down else "STOPPED", wanted="STOPPED", pid="none")
-        outcomes = {"stop": off, "delete": None, "rename": replace(same, name=new_name)}
-        return Act(f"vm_{method}", params, name, outcomes[method])
-    allowed = down if method == "start" else not down
-    if not allowed:
-        return Act(f"vm_{method}", params, name, same, is_refused=True)
-    outcome = {
-        "start": fresh,
-        "restart": fresh,
-        "pause": replace(same, state="PAUSED"),
-        "resume": replace(same, state="RUNNING"),
-    }[method]
-    return Act(f"vm_{method}", params, name, outcome)
-
-
-def plan_suspended(method: str, force: bool, name: str, known: Known, new_name: str) -> Act:
-    """Say it of a vm that is suspended, or is to be."""
-    is_suspended = known.state == "SUSPENDED"
-    off = Outcome(name, "SUSPENDED", "STOPPED", "none")
-    params: dict[str, Any] = {"vm": name}
-    if method in ("stop", "delete", "restart"):
-        params |= {"force": force}
-    if method == "rename":
-        params["name"] = new_name
-    fresh = replace(off, state="RUNNING", wanted="RUNNING", pid="new")
-    outcomes = {
-        "suspend": off,
-        "start": fresh,
-        "resume": fresh,
-        "stop": replace(off, state="STOPPED"),
-        "rename": replace(off, name=new_name),
-        "delete": None,
-    }
-    is_refused = method not in outcomes or (method == "stop" and not force)
-    is_refused |= method == "suspend" and not is_suspended and known.state in DOWN
-    return Act(f"vm_{method}", params, name, outcomes.get(method, off), is_refused=is_refused)
-
-
 picks = st.integers(0, 9)
+# As often one of the vm itself as one of its snapshots and disks.
+verbs = st.one_of(
+    st.sampled_from(VERBS), st.sampled_from(SNAPSHOT_VERBS), st.sampled_from(DISK_VERBS)
+)
 moments = st.one_of(
     st.tuples(st.just("time"), st.integers(0, 1000)),
     st.tuples(st.just("progress"), st.integers(1, 8)),
@@ -148,6 +60,10 @@ class CloudMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.model: dict[str, Known] = {}
+        self.disks: set[str] = set()
+        # How often a guest had run, by what its snapshots and its disk have of it.
+        self.kept: dict[tuple[str, int], int] = {}
+        self.runs: dict[str, int] = {}
         self.addresses: dict[str, str] = {}
         self.story: list[str] = []
 
@@ -159,7 +75,7 @@ class CloudMachine(RuleBasedStateMachine):
     # What a user does
 
     @precondition(goes_on)
-    @rule(verb=st.sampled_from(VERBS), pick=picks)
+    @rule(verb=verbs, pick=picks)
     def do(self, verb: str, pick: int) -> None:
         with self.telling(f"{verb} {pick}"):
             act = self.choose(verb, pick)
@@ -168,7 +84,7 @@ class CloudMachine(RuleBasedStateMachine):
             self.learn(act, question)
 
     @precondition(goes_on)
-    @rule(verb=st.sampled_from(VERBS), pick=picks, moment=moments, again=again)
+    @rule(verb=verbs, pick=picks, moment=moments, again=again)
     def kill_the_daemon_doing(
         self, verb: str, pick: int, moment: Moment, again: int | None
     ) -> None:
@@ -231,6 +147,9 @@ class CloudMachine(RuleBasedStateMachine):
                 for name in list(self.model):
                     self.box.call("vm_delete", vm=name, force=True)
                     del self.model[name]
+                for disk in self.disks:
+                    self.box.call("disk_delete", disk=disk)
+                self.disks = set()
                 settle(self.box)
                 self.look()
 
@@ -260,9 +179,43 @@ class CloudMachine(RuleBasedStateMachine):
         if verb == "create" or (verb == "rename" and not free):
             verb = "delete"
         name = self.pick(pick)
-        act = plan(verb, name, self.model[name], free[pick % len(free)] if free else "")
-        self.story.append(f"  {act.method} {act.params} of {self.model[name]}")
+        if verb in SNAPSHOT_VERBS and pick % 3:  # where there are some, that are related
+            name = max(sorted(self.model), key=lambda each: len(self.model[each].snapshots))
+        known = self.model[name]
+        if verb in SNAPSHOT_VERBS:
+            is_somebody = self.is_somebody(known)
+            first = verb if known.snapshots else "snapshot"
+            act = plan_snapshot(first, name, known, pick, is_somebody=is_somebody)
+        elif verb in DISK_VERBS and not self.arena.is_fake:
+            # A guest that boots takes longer to let go of one than anybody waits here.
+            act = plan("pause", name, known, "")
+        elif verb in DISK_VERBS:
+            act = self.choose_disk(verb, pick, name, known)
+        else:
+            act = plan(verb, name, known, free[pick % len(free)] if free else "")
+        self.story.append(f"  {act.method} {act.params} of {known}")
         return act
+
+    def choose_disk(self, verb: str, pick: int, name: str, known: Known) -> Act:
+        attached = {disk for vm in self.model.values() for disk in vm.disks}
+        loose = sorted(self.disks - attached)
+        missing = sorted(set(DISKS) - self.disks)
+        if verb == "detach" and known.disks:
+            return plan_disk(verb, name, known, known.disks[pick % len(known.disks)])
+        if verb == "attach" and loose:
+            return plan_disk(verb, name, known, loose[pick % len(loose)])
+        if missing and (verb != "no disk" or not loose):
+            return plan_disk_alone(missing[0], is_there=False)
+        if loose:
+            return plan_disk_alone(loose[0], is_there=True)
+        return plan("start", name, known, "")  # all there are are attached
+
+    def is_somebody(self, known: Known) -> bool:
+        """Tell whether a vm's disk knows who it is; that of one that runs will in a moment."""
+        has_it = "SELECT 1 FROM vm WHERE uuid = ? AND identified AND seed_document = ''"
+        if known.state == "RUNNING":
+            self.box.until(lambda: bool(self.box.rows(has_it, known.uuid)), "its disk to know")
+        return bool(self.box.rows(has_it, known.uuid))
 
     def plan_creation(self, name: str, warm: str) -> Act:
         taken = set(self.addresses.values())
@@ -316,14 +269,10 @@ class CloudMachine(RuleBasedStateMachine):
         """Judge what came of it, and take into the model which of its outcomes it was."""
         was = self.model.get(act.name)
         settle(self.box)
-        now = {vm["name"]: Known.of(vm) for vm in self.box.call("vm_list")}
-        what = f"{act} of {was}: answered {question.result or question.error}, now {now}"
-        if act.outcome is None:
-            mine = {name: vm for name, vm in now.items() if was and vm.uuid == was.uuid}
-            is_finished = not mine
-        else:
-            is_finished = act.outcome.is_met(was, now)
-        is_undone = now.get(act.name) == was
+        now, disks = see_vms(self.box), see_disks(self.box)
+        what = f"{act} of {was}: answered {question.result or question.error}, now {now}, {disks}"
+        is_finished = self.is_finished(act, now, disks)
+        is_undone = now.get(act.name) == was and disks == self.disks
         if question.error is not None:
             assert act.is_refused, what
             assert question.error.kind == "invalid_state", what
@@ -333,16 +282,68 @@ class CloudMachine(RuleBasedStateMachine):
             assert is_finished, what
         else:
             assert is_finished or is_undone, what
-        self.model.pop(act.name, None)
-        address = self.addresses.pop(act.name, act.params.get("ip", ""))
-        name = act.outcome.name if act.outcome is not None and is_finished else act.name
-        if name in now:
-            self.model[name] = now[name]
-            self.addresses[name] = address
+        if is_finished and was is not None and act.method == "snapshot_restore":
+            self.come_back(was, act.params["snapshot"])
+        self.disks = disks
+        if act.name:
+            self.model.pop(act.name, None)
+            address = self.addresses.pop(act.name, act.params.get("ip", ""))
+            name = act.outcome.name if act.outcome is not None and is_finished else act.name
+            if name in now:
+                self.model[name] = now[name]
+                self.addresses[name] = address
         self.look()
+
+    def is_finished(self, act: Act, now: dict[str, Known], disks: set[str]) -> bool:
+        if act.disk[0]:
+            name, is_there = act.disk
+            return disks == (self.disks | {name} if is_there else self.disks - {name})
+        if disks != self.disks:
+            return False
+        was = self.model.get(act.name)
+        if act.outcome is None:
+            return not [vm for vm in now.values() if was and vm.uuid == was.uuid]
+        return act.outcome.is_met(was, now)
+
+    def come_back(self, was: Known, snapshot: str) -> None:
+        """A vm is at a snapshot again: its guest has run that often, or once more."""
+        if self.arena.is_fake:
+            (kept,) = [runs for (name, _layer), runs in self.kept_of(was.uuid) if name == snapshot]
+            self.runs[was.uuid] = kept
+
+    def kept_of(self, uuid: str) -> list[tuple[tuple[str, int], int]]:
+        """Give how often a guest had run at its snapshots, by the files there are."""
+        parents = dict(self.box.rows("SELECT id, parent_id FROM layer"))
+        rows = self.box.rows(
+            "SELECT snapshot.name, layer_id FROM snapshot JOIN vm ON vm.id = vm_id WHERE uuid = ?",
+            uuid,
+        )
+        return [((name, layer), self.runs_in(layer, parents)) for name, layer in rows]
+
+    def runs_in(self, layer: int | None, parents: dict[int, int | None]) -> int:
+        while layer is not None:
+            with (self.box.root / f"state/layers/{layer}/disk.qcow2").open("rb") as image:
+                block = read_block(image.fileno())
+            if block:
+                return int(block.removeprefix(MARK)[:8])
+            layer = parents[layer]
+        return 0
+
+    def check_written(self) -> None:
+        """Assert that snapshots and disks have what guests wrote: how often they were let run."""
+        for vm, known in self.model.items() if self.arena.is_fake else ():
+            for (name, layer), runs in self.kept_of(known.uuid):
+                key = (f"{known.uuid} {name}", layer)
+                assert self.kept.setdefault(key, runs) == runs, (known, name, self.kept)
+            if known.state == "RUNNING":
+                runs = self.box.call("vm_qemu_command", vm=vm, command="x-runs")
+                assert runs >= self.runs.get(known.uuid, 0), (known, runs, self.runs)
+                self.runs[known.uuid] = runs
 
     def look(self) -> None:
         """Assert that the vms are as the model has them, and nothing else is anywhere."""
-        now = {vm["name"]: Known.of(vm) for vm in self.box.call("vm_list")}
+        now = see_vms(self.box)
         assert now == self.model, (now, self.model)
+        assert see_disks(self.box) == self.disks
         check_accounted(self.box)
+        self.check_written()

@@ -54,6 +54,7 @@ kind = "build"
 kernel = "vmlinuz"
 [guest]
 identity = "serial"
+ipv6 = true
 """
 
 # What a guest's sshd would say; the namespace has the guest's address for as long as this runs.
@@ -335,6 +336,7 @@ class Box:
             "ports": sorted(each for each in self._listeners() if not each.endswith(":53")),
             "processes": sorted(self.qemus()),
             "port rows": sorted(self.rows("SELECT vm_id, spec FROM port")),
+            "nic rows": sorted(self.rows("SELECT vm_id, slot, ip FROM nic")),
             "forwarded ports": self.forwarded_ports(),
         }
         for name, pattern in (
@@ -342,6 +344,7 @@ class Box:
             ("disks", "state/disks/*"),
             ("overlays to be", "state/disks/*/next.qcow2"),
             ("layers", "state/layers/*"),
+            ("layers being merged", "state/layers/*/.*"),
             ("memory of layers", "state/layers/*/memory*"),
             ("saved memory", "state/disks/*/suspended*"),
             ("logs", "log/*"),

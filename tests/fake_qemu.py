@@ -22,8 +22,9 @@ directory that user can search (`install_fake_qemu` does), and make `[qemu] bina
     restore_fails      says why on standard error and ends when it is to take a saved state
     restore_hangs      begins to take a saved state and never comes to its end
     save_fails         says that it could not write its guest out: the disk is full
-    keeps_disks        never lets go of a disk that is to be unplugged
+    keeps_disks        never lets go of a disk or a card that is to be unplugged
     disk_fails         takes no disk that is to be plugged in
+    nic_fails          takes no network card that is to be plugged in
     save_hangs         begins to write its guest out and goes on with that until it is told to stop
 
 Told to put its identity off (a document with the name `warm`), the guest waits again, can be
@@ -42,6 +43,7 @@ import selectors
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -50,14 +52,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Behind the end of the disk image, where qcow2 does not look: this guest has its identity, or has
-# run since it was restored, and what it has written does not go with the saved memory any more.
+# What a guest has on its disk: it has its identity, or has run since it was restored, and what it
+# has written does not go with the saved memory any more.
 MARK = b"fake guest has its identity"
 RAN = b"fake guest ran when resumed"
 # What a guest prints whose memory and disk are of two machines.
 TORN = "EXT4-fs error: the disk is not the one that this memory knows"
-# Behind the mark: how often it has run since.
+# Behind the mark: how often it has run since, and the uuid of who it is.
 RUNS = b"%08d"
+BLOCK_BYTES = len(MARK) + 8 + 36
+# Where on the disk that is.
+MARK_OFFSET = 512 << 10
 
 VERSION = "QEMU emulator version 7.2.22 (fake)"
 
@@ -142,12 +147,14 @@ class FakeQemu:
         self.migration = "none"
         self.sets: dict[int, list[int]] = {}
         self.nodes: dict[str, dict[str, Any]] = {}
+        self.netdevs: dict[str, int] = {}
         self.plugged: dict[str, dict[str, Any]] = {}
         self.memory = self.open_memory()
         self.booted = False
         self.in_memory = ""
         self.identity_lines: list[str] | None = None
         self.is_warm = False
+        self.has_cloud_init = False
         self.typed = b""
         self.told = b""
         self.commands = b""
@@ -430,7 +437,7 @@ class FakeQemu:
         for self.migration in statuses:
             self.event("MIGRATION", {"status": self.migration})
 
-    # Disks plugged in and out
+    # Disks and network cards plugged in and out
 
     def do_add_fd(self) -> dict[str, int]:
         number, descriptor = self.given["fdset-id"], self.monitor.descriptors.pop(0)
@@ -468,8 +475,11 @@ class FakeQemu:
     def do_device_add(self) -> None:
         if self.given["bus"] not in self.ports():
             raise RefusedError(f"Bus '{self.given['bus']}' not found")
-        if self.given["drive"] not in self.nodes or self.given["id"] in self.plugged:
+        behind = self.given.get("drive", self.given.get("netdev"))
+        if behind not in {*self.nodes, *self.netdevs} or self.given["id"] in self.plugged:
             raise RefusedError("fake: no such drive, or a device that is there already")
+        if self.fault == "nic_fails" and "netdev" in self.given:
+            raise RefusedError("fake: no card can be plugged in")
         self.plugged[self.given["id"]] = self.given
 
     def do_device_del(self) -> None:
@@ -491,6 +501,24 @@ class FakeQemu:
         devices = [json.loads(value) for value in self.arguments if value.startswith('{"driver"')]
         return [each["id"] for each in devices if each["driver"] == "pcie-root-port"]
 
+    def do_netdev_add(self) -> None:
+        name, descriptor = self.given["id"], self.state_files.pop(self.given["fd"], None)
+        if name in self.netdevs or descriptor is None:
+            raise RefusedError("fake: no such descriptor, or a backend that is there already")
+        self.netdevs[name] = descriptor
+
+    def do_netdev_del(self) -> None:
+        descriptor = self.netdevs.pop(self.given["id"], None)
+        if descriptor is None:
+            raise RefusedError(f"Device '{self.given['id']}' not found")
+        os.close(descriptor)
+
+    def do_closefd(self) -> None:
+        descriptor = self.state_files.pop(self.given["fdname"], None)
+        if descriptor is None:
+            raise RefusedError(f"File descriptor named '{self.given['fdname']}' not found")
+        os.close(descriptor)
+
     def do_block_resize(self) -> None:
         name = self.given["node-name"]
         descriptor = self.disk() if name == self.top else self.descriptor_of(name)
@@ -511,41 +539,54 @@ class FakeQemu:
         if self.fault == "shutdown_after_cont":
             self.end("guest-shutdown")
         self.print("Linux version 0.0-fake\n")
-        if self.is_somebody():
+        if "seed-file" in self.files():
+            self.read_seed()
+        elif self.is_somebody():
             self.login()
         else:
             self.identity_lines = []
             self.print("oscloud-identity: ready\n")
+
+    def read_seed(self) -> None:
+        """Be who the seed says, or wait to be told where it has a program for that."""
+        seed = os.pread(self.files()["seed-file"], 1 << 20, 0)
+        if re.search(rb"agent=[^']", seed):
+            self.is_warm = True
+            self.print("oscloud-identity: warm\n")
+            return
+        self.write_mark(MARK)
+        self.has_cloud_init = True
+        self.login()
 
     def read_mark(self) -> bytes:
         return self.mark_in(self.marked())
 
     def is_somebody(self) -> bool:
         """Tell whether the guest has its identity; that of a copy's original is not its own."""
-        is_copy = "oscloud.identity=" in self.value("-append")
-        return (self.mark_in(self.disk()) if is_copy else self.read_mark()) == MARK
+        told = re.search(r"oscloud\.identity=(\S+)", self.value("-append"))
+        is_its_own = told is None or self.who_it_is() == told[1].encode()
+        return is_its_own and self.read_mark() == MARK
+
+    def who_it_is(self) -> bytes:
+        return read_block(self.marked())[-36:]
 
     def mark_in(self, file: int) -> bytes:
-        return os.pread(file, len(MARK), mark_offset(file))
+        return read_block(file)[: len(MARK)]
 
-    def write_mark(self, mark: bytes, runs: int = 0) -> None:
-        disk = self.disk()
-        is_marked = self.mark_in(disk) in (MARK, RAN)
-        offset = mark_offset(disk) if is_marked else os.fstat(disk).st_size
-        os.pwrite(disk, mark + RUNS % runs, offset)
+    def write_mark(self, mark: bytes) -> None:
+        write_block(self.disk(), mark + RUNS % 0 + self.value("-uuid").encode())
 
     def runs(self) -> int:
         """Give how often the guest has run since it has its identity."""
-        file = self.marked()
-        is_its_own = self.mark_in(file) == MARK
-        return int(os.pread(file, 64, mark_offset(file) + len(MARK))) if is_its_own else 0
+        block = read_block(self.marked())
+        return int(block[len(MARK) :][:8]) if block.startswith(MARK) else 0
 
     def do_x_runs(self) -> int:
         """What no qemu has: what its guest has written to its disk."""
         return self.runs()
 
     def write_runs(self, number: int) -> None:
-        self.write_mark(MARK, number)
+        write_block(self.disk(), MARK + RUNS % number + self.who_it_is())
 
     def login(self) -> None:
         if self.fault == "chatty":
@@ -587,7 +628,13 @@ class FakeQemu:
         self.login()
 
     def read_channel(self, data: bytes) -> None:
-        """Take what a clone is told: a document, which ends with "return", or to rest."""
+        """Take what a clone is told: a document, which ends with "return", or to rest.
+
+        A guest that has booted with cloud-init is asked how that has ended.
+        """
+        if self.has_cloud_init:
+            self.channel.send(b'oscloud-cloud-init: ended: {"v1": {"errors": []}}\n')
+            return
         self.told += data
         if self.told == b"rest\n":
             self.told = b""
@@ -610,8 +657,61 @@ class FakeQemu:
         self.login()
 
 
-def mark_offset(file: int) -> int:
-    return max(0, os.fstat(file).st_size - len(MARK) - len(RUNS % 0))
+# A qcow2, as far as one block of it takes (docs/interop/qcow2.txt of qemu).
+
+
+def read_block(file: int) -> bytes:
+    """Give what a qcow2 has at MARK_OFFSET of what its guest sees; nothing where it lacks that."""
+    table, entry_bytes = find_table(file)
+    if not table:
+        return b""
+    place = table + (MARK_OFFSET >> 16) * entry_bytes
+    entry, bitmap = struct.unpack(">QQ", os.pread(file, 16, place))
+    has_it = bool(bitmap & 1) if entry_bytes == 16 else True
+    data = entry & OFFSET_MASK
+    return os.pread(file, BLOCK_BYTES, data) if data and has_it else b""
+
+
+def write_block(file: int, content: bytes) -> None:
+    """Write to a qcow2 at MARK_OFFSET of what its guest sees."""
+    table, entry_bytes = find_table(file)
+    if not table:
+        table = add_cluster(file)
+        os.pwrite(file, struct.pack(">Q", table | COPIED), header_field(file, 40))
+    place = table + (MARK_OFFSET >> 16) * entry_bytes
+    entry, bitmap = struct.unpack(">QQ", os.pread(file, 16, place))
+    data = entry & OFFSET_MASK or add_cluster(file)
+    os.pwrite(file, content.ljust(2048, b"\0"), data)
+    os.pwrite(file, struct.pack(">Q", data | COPIED), place)
+    if entry_bytes == 16:  # one bit for each 2 KiB, and another if those are zeros
+        bits = (bitmap | 1) & ~(1 << 32)
+        os.pwrite(file, struct.pack(">Q", bits), place + 8)
+
+
+OFFSET_MASK, COPIED = 0x00FFFFFFFFFFFE00, 1 << 63
+
+
+def find_table(file: int) -> tuple[int, int]:
+    """Give where the first table of clusters (L2) is, if anywhere, and an entry's bytes."""
+    if os.pread(file, 4, 0) != b"QFI\xfb":
+        return 0, 8
+    first = header_field(file, header_field(file, 40))
+    is_extended = header_field(file, 72) & 1 << 4
+    return first & OFFSET_MASK, 16 if is_extended else 8
+
+
+def header_field(file: int, offset: int) -> int:
+    number: int = struct.unpack(">Q", os.pread(file, 8, offset))[0]
+    return number
+
+
+def add_cluster(file: int) -> int:
+    """Have a qcow2 one cluster longer, with all that tells that it is in use; give where it is."""
+    offset = (os.fstat(file).st_size + 65535) >> 16 << 16
+    os.ftruncate(file, offset + 65536)
+    counts = header_field(file, header_field(file, 48))
+    os.pwrite(file, b"\0\1", counts + (offset >> 16) * 2)
+    return offset
 
 
 def is_postponement(lines: list[str]) -> bool:

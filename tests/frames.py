@@ -101,6 +101,10 @@ class Pair(NamedTuple):
     two_mac: str
     gateway: str
     gateway_mac: str
+    # Of the network's own IPv6 prefix.
+    one_own6: str
+    two_own6: str
+    gateway_own6: str
 
     @property
     def one6(self) -> str:
@@ -214,6 +218,40 @@ def harm(pair: Pair) -> dict[str, bytes]:
         "echo behind a header": own(0x86DD, ip6(pair.one6, pair.two6, 0, padding + echo[40:])),
         "DHCPv6 server": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(547, 7000))),
         "DHCPv6 answer": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(7000, 546))),
+        **_harm_of_prefix(pair),
+    }
+
+
+def _harm_of_prefix(pair: Pair) -> dict[str, bytes]:
+    """Give the same with addresses of the network's own IPv6 prefix."""
+    one, two, gateway = pair.one_own6, pair.two_own6, pair.gateway_own6
+    strange = str(IPv6Address(one) + 70)
+    packets = {
+        "neighbour's own address": ip6(two, pair.two6, UDP, _payload(7010)),
+        "gateway's own address": ip6(gateway, two, UDP, _payload()),
+        "nobody's own address": ip6(strange, two, UDP, _payload()),
+        "own router advertisement": icmp6(one, two, 134, bytes([64, 0, 4]) + bytes(9)),
+        "own redirect": icmp6(one, two, 137, bytes(range(36, 72))),
+        "own advertisement of the gateway": neighbour(136, one, two, gateway, pair.one_mac),
+        "own advertisement of the neighbour": neighbour(136, one, two, two, pair.one_mac),
+        "link-local advertisement of the gateway": neighbour(
+            136, pair.one6, pair.gateway6, gateway, None
+        ),
+        "own advertisement with another's MAC": neighbour(136, one, two, one, NOBODY_MAC),
+        "own solicitation with another's MAC": neighbour(135, one, two, two, NOBODY_MAC),
+        "solicitation as the gateway": neighbour(135, gateway, two, one, pair.one_mac),
+        "looking for a neighbour's own address": neighbour(135, "::", two, two, None),
+        "looking for the gateway's own address": neighbour(135, "::", two, gateway, None),
+        "own DHCPv6 server": ip6(one, two, UDP, _payload(547, 7001)),
+        "own routing header": ip6(one, two, 43, bytes([UDP, 0, 0, 0, 0, 0, 0, 0]) + _payload()),
+    }
+    sent = {
+        name: ethernet(pair.one_mac, pair.two_mac, 0x86DD, packet)
+        for name, packet in packets.items()
+    }
+    packet = ip6(one, two, UDP, _payload(7011))
+    return sent | {
+        "own address and another's MAC": ethernet(NOBODY_MAC, pair.two_mac, 0x86DD, packet)
     }
 
 
@@ -249,4 +287,25 @@ def grace(pair: Pair) -> dict[str, bytes]:
         "looking for its own address": own(
             0x86DD, neighbour(135, "::", pair.two6, pair.one6, None)
         ),
+        **_grace_of_prefix(pair),
+    }
+
+
+def _grace_of_prefix(pair: Pair) -> dict[str, bytes]:
+    """Give the same with addresses of the network's own IPv6 prefix."""
+    one, two = pair.one_own6, pair.two_own6
+    packets = {
+        "own IPv6": ip6(one, two, UDP, _payload()),
+        "own IPv6 to a link-local address": ip6(one, pair.two6, UDP, _payload(7012)),
+        "own echo": icmp6(one, two, 128, bytes(4)),
+        "own solicitation": neighbour(135, one, two, two, pair.one_mac),
+        "own solicitation without a MAC": neighbour(135, one, two, two, None),
+        "own advertisement": neighbour(136, one, two, one, pair.one_mac),
+        "own advertisement without a MAC": neighbour(136, one, two, one, None),
+        "link-local advertisement of its own": neighbour(136, pair.one6, two, one, None),
+        "looking for its own other address": neighbour(135, "::", two, one, None),
+    }
+    return {
+        name: ethernet(pair.one_mac, pair.two_mac, 0x86DD, packet)
+        for name, packet in packets.items()
     }

@@ -31,7 +31,8 @@ class Arena:
 
     The cloud has a warm image, which every other vm begins with. `addresses` are those of guests
     that answer as an sshd does; `longest_wait_us` bounds the wait before a kill, `steps` is how
-    many a play has at most.
+    many a play has at most. `is_fake`: its guests count on their disks how often they ran, and
+    let go of disks at once.
     """
 
     open_box: Callable[[], ZygoteBox]
@@ -39,6 +40,7 @@ class Arena:
     creation: dict[str, Any]
     longest_wait_us: int
     steps: int
+    is_fake: bool = False
     box: ZygoteBox = field(init=False)
     kills: Counter[str] = field(default_factory=Counter)
     wanted_kills: int = 1
@@ -92,7 +94,7 @@ class RealBox(ZygoteBox):
 def fake_arena(binary: Path) -> Iterator[Arena]:
     creation = {"mem_size": "64M", "disk_size": "16M", "wait": "ready"}
     names = ("web", "shop", "blog", "mail")
-    with closing(Arena(lambda: ZygoteBox(binary), names, creation, 200_000, 40)) as arena:
+    with closing(Arena(lambda: ZygoteBox(binary), names, creation, 200_000, 40, True)) as arena:
         yield arena
 
 

@@ -24,7 +24,10 @@ BUILD_SECONDS = 1800.0
 _REBOOT_STATUS = 133
 
 # A Debian that boots, and what the tests themselves run in it.
-_BASE = ("systemd", "systemd-sysv", "dbus", "apt", "curl", "openssh-client", "procps")
+_BASE = (
+    "systemd", "systemd-sysv", "systemd-resolved", "dbus",
+    "apt", "curl", "openssh-client", "procps",
+)  # fmt: skip
 
 
 def build_package() -> Path:

@@ -28,6 +28,8 @@ def test_making_a_network(ctl: Oscloudctl, daemon: StubDaemon) -> None:
         "--dns", "1.1.1.1")  # fmt: skip
     assert json.loads(ctl("network-create", "lab", "--no-nat", "--json").stdout) == LAB
     assert ctl("network-create", "lab", "-q").stdout == "2\n"
+    ctl("network-create", "lab", "--subnet6", "none")
+    assert daemon.params_of("network_create")[-1] == {"name": "lab", "subnet6": "none"}
     assert daemon.params_of("network_create")[:3] == [
         {"name": "lab"},
         {

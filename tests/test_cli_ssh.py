@@ -130,6 +130,37 @@ def test_the_real_ssh_understands_the_options(tmp_path: Path) -> None:
     assert settings["userknownhostsfile"] == str(known), "as one path, nothing expanded"
 
 
+def real_settings(config: Path, host: str) -> dict[str, str]:
+    """Give what the system's ssh would do for a host."""
+    ssh = shutil.which("ssh")
+    assert ssh is not None, "openssh-client is a dependency"
+    done = subprocess.run(
+        [ssh, "-F", config, "-G", host], capture_output=True, text=True, check=True,
+        timeout=DEADLINE_SECONDS,
+    )  # fmt: skip
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+
+
+def test_ssh_alone_finds_vms_by_name(ctl: Oscloudctl, daemon: StubDaemon, tmp_path: Path) -> None:
+    other = {**VM, "id": 2, "name": "My_Db_", "ip": "192.168.0.3", "ssh_host_keys": []}
+    daemon.answers["vm_list"] = [VM, other]
+    config = tmp_path / "config"
+    config.write_text(ctl("vm-ssh-config").stdout)
+    known = ctl.home / ".cache/oscloud/known_hosts-1-192.168.0.2"
+    assert known.read_text() == "192.168.0.2 ssh-ed25519 AAAAhost\n"
+    web = real_settings(config, "web.oscloud")
+    assert (web["hostname"], web["user"]) == ("192.168.0.2", "root")
+    assert (web["stricthostkeychecking"], web["userknownhostsfile"]) == ("true", str(known))
+    for name in ("my-db.oscloud", "My_Db_.oscloud"):
+        db = real_settings(config, name)
+        assert (db["hostname"], db["stricthostkeychecking"]) == ("192.168.0.3", "accept-new")
+    assert real_settings(config, "web")["hostname"] == "web"
+    assert "web.oscloud" in ctl("vm-ssh-config", "--user", "bob", "web").stdout
+    assert daemon.params_of("vm_info") == [{"vm": "web"}]
+    daemon.answers["vm_list"] = []
+    assert ctl("vm-ssh-config").stdout == ""
+
+
 def test_known_hosts_leave_comments_out() -> None:
     keys = ["ssh-ed25519 AAAA root@web", "ecdsa-sha2-nistp256 BBBB"]
     assert build_known_hosts("10.0.0.1", keys) == (

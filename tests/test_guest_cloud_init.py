@@ -52,8 +52,11 @@ SCRIPT = "#!/bin/sh\necho what the script says\nexit 3\n"
 
 IDENTITY = """\
 hostname; cat /etc/machine-id /etc/hosts /etc/ssh/ssh_host_*; grep root: /etc/shadow
-ip -4 -o address show eth0; ip route; cat /root/ran /root/.ssh/authorized_keys
+ip -4 -o address; ip route; cat /root/ran /root/.ssh/authorized_keys
 """
+
+# A variable of a namespace of its own; its first four bytes are its attributes.
+VARIABLE = "/sys/firmware/efi/efivars/Test-6f7a1c1e-2f3b-4c8e-9d0a-5b6c7d8e9f00"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,7 @@ def cloud() -> Iterator[GuestCloud]:
         cloud.control("template-import", str(image), "--name", "vendor", "--firmware", "uefi")
         declare_hooked(cloud.root / "declared/hooked", image)
         cloud.build("hooked")
+        cloud.call("network_create", name="lab", subnet="10.73.0.0/24")
         yield cloud
 
 
@@ -86,10 +90,12 @@ def call(cloud: GuestCloud, method: str, **params: Any) -> dict[str, Any]:
     return answer
 
 
-def create(cloud: GuestCloud, name: str, image: str, user_data: str) -> dict[str, Any]:
+def create(
+    cloud: GuestCloud, name: str, image: str, user_data: str, **params: Any
+) -> dict[str, Any]:
     public = cloud.key.with_suffix(".pub").read_text().strip()
     given = {"name": name, "image": image, "ssh_key": [public], "user_data": user_data}
-    return call(cloud, "vm_create", **given, **SHAPE)
+    return call(cloud, "vm_create", **given, **SHAPE, **params)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,9 @@ def making(cloud: GuestCloud) -> Iterator[dict[str, "Future[dict[str, Any]]"]]:
     """Two vms in the making."""
     with ThreadPoolExecutor() as pool:
         yield {
-            "my_web": pool.submit(create, cloud, "my_web", "vendor", CONFIG),
+            "my_web": pool.submit(
+                create, cloud, "my_web", "vendor", CONFIG, network=["default", "lab"]
+            ),
             "broken": pool.submit(create, cloud, "broken", "hooked", SCRIPT),
         }
 
@@ -112,6 +120,12 @@ def test_a_vendors_image_becomes_who_it_is_told(
     assert cloud.ssh(vm, "hostname") == "my-web"
     assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address show eth0")
     assert f"default via {vm['gateway']} " in cloud.ssh(vm, "ip route")
+    assert f"inet {vm['nics'][1]['ip']}/24" in cloud.ssh(vm, "ip -4 -o address show eth1")
+    assert cloud.ssh({**vm, "ip": vm["nics"][1]["ip"]}, "hostname") == "my-web"
+    assert cloud.ssh(vm, "ip route").count("default") == 1
+    gateway6 = cloud.call("network_info", network="default")["gateway6"]
+    assert f"inet6 {vm['ip6']}/64" in cloud.ssh(vm, "ip -6 -o address show eth0")
+    assert f"default via {gateway6} " in cloud.ssh(vm, "ip -6 route")
     resolvers = cloud.ssh(vm, "cat /run/systemd/resolve/resolv.conf")
     assert f"nameserver {vm['gateway']}\n" in resolvers
     assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 2.7 * (1 << 20)
@@ -147,3 +161,19 @@ def test_a_second_boot_changes_nothing(
     assert again["pid"] != vm["pid"]
     assert cloud.ssh(again, IDENTITY) == before
     assert cloud.ssh(again, "cat /root/boots") == "boot\nboot"
+
+
+def test_one_that_boots_by_uefi_moves_with_what_its_firmware_remembers(
+    cloud: GuestCloud, making: dict[str, "Future[dict[str, Any]]"], tmp_path: Path
+) -> None:
+    vm = making["my_web"].result()
+    before = cloud.ssh(vm, IDENTITY)
+    cloud.ssh(vm, f"printf '\\007\\000\\000\\000remembered' >{VARIABLE}")
+    call(cloud, "vm_stop", vm="my_web")
+    cloud.control("vm-export", "my_web", str(tmp_path / "web"))
+    call(cloud, "vm_delete", vm="my_web")
+    assert "STOPPED" in cloud.control("vm-import", str(tmp_path / "web"))
+    call(cloud, "vm_start", vm="my_web")
+    moved = call(cloud, "vm_wait", vm="my_web", state="ready", timeout=LIMIT_SECONDS)
+    assert cloud.ssh(moved, IDENTITY) == before
+    assert "remembered" in cloud.ssh(moved, f"cat {VARIABLE}")

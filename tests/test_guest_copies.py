@@ -1,11 +1,12 @@
 """A real guest that moves to another cloud in one file, with what it wrote and who it is."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guest_cloud import BOOT_ID, GuestCloud, open_cloud
+from guest_cloud import BOOT_ID, BOOT_SECONDS, GuestCloud, open_cloud
 
 pytestmark = pytest.mark.guest
 
@@ -86,3 +87,51 @@ def test_a_clone_moves_to_another_machine(
     assert cloud.ssh(fresh, "sha256sum /root/data") == data
     assert not {*cloud.ssh(fresh, IDENTITY).splitlines()} & {*identity.splitlines()}
     assert cloud.ssh_by_password(fresh, "123456", "hostname").endswith("fresh")
+
+
+def test_a_vm_takes_its_data_disk_along_through_a_pipe(
+    cloud: GuestCloud, other: GuestCloud
+) -> None:
+    vm = cloud.create("whole")
+    for name in ("first", "data"):
+        cloud.call("disk_create", name=name, size="1G")
+        cloud.call("disk_attach", vm="whole", disk=name)
+    cloud.call("disk_detach", vm="whole", disk="first")
+    fill = "dd if=/dev/urandom of=/dev/vdc bs=64k count=40 seek=8000 conv=fsync 2>/dev/null"
+    read = (
+        "cat /sys/block/vd?/serial; dd if=/dev/vd{} bs=64k count=50 skip=8000 2>/dev/null | md5sum"
+    )
+    cloud.ssh(vm, fill)
+    data = cloud.ssh(vm, read.format("c"))
+    assert data.startswith("data")
+    cloud.call("vm_stop", vm="whole")
+
+    send_through_a_pipe(cloud, other, "whole")
+    cloud.call("vm_delete", vm="whole")
+    for disk in ("first", "data"):
+        cloud.call("disk_delete", disk=disk)
+    other.control("vm-start", "whole")
+    moved = other.wait(other.call("vm_info", vm="whole"))
+    assert moved["uuid"] == vm["uuid"]
+    # In its slot, which is the second one, but the only one that its guest finds now.
+    found = other.call("disk_info", disk="data")
+    assert (found["vm"], found["slot"], found["size"]) == ("whole", 2, 1 << 30)
+    assert other.ssh(moved, read.format("b")) == data
+    other.ssh(moved, "dd if=/dev/zero of=/dev/vdb count=1 conv=fsync 2>/dev/null")
+    other.call("vm_delete", vm="whole", force=True)
+    other.call("disk_delete", disk="data")
+
+
+def send_through_a_pipe(cloud: GuestCloud, other: GuestCloud, name: str) -> None:
+    program = (sys.executable, "-m", "oscloudctl")
+    giving = subprocess.Popen(
+        [*program, "vm-export", name, "-"], env=cloud.environment(), stdout=subprocess.PIPE
+    )
+    taken = subprocess.run(
+        [*program, "vm-import", "-"], env=other.environment(), stdin=giving.stdout,
+        capture_output=True, text=True, timeout=BOOT_SECONDS, check=False,
+    )  # fmt: skip
+    assert (giving.wait(BOOT_SECONDS), taken.returncode) == (0, 0), taken.stderr
+    assert giving.stdout is not None
+    giving.stdout.close()
+    assert "STOPPED" in taken.stdout

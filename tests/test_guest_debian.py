@@ -7,7 +7,7 @@ from guest_cloud import GuestCloud, open_cloud
 
 pytestmark = [pytest.mark.guest, pytest.mark.debian]
 
-IDENTITY = "hostname; cat /etc/machine-id /etc/shadow; ip -4 -o address | grep -v ' lo '; ip route"
+IDENTITY = "hostname; cat /etc/machine-id /etc/shadow; ip -o address | grep -v ' lo '; ip route"
 
 
 @pytest.fixture
@@ -17,10 +17,20 @@ def cloud() -> Iterator[GuestCloud]:
 
 
 def test_debian_knows_who_it_is_and_stays_so(cloud: GuestCloud) -> None:
-    vm = cloud.create("my_debian", image="debian_12", mem_size="1G", disk_size="10G", cpus=2)
+    cloud.call("network_create", name="lab", subnet="10.73.0.0/24")
+    shape = {"image": "debian_12", "mem_size": "1G", "disk_size": "10G", "cpus": 2}
+    vm = cloud.create("my_debian", network=["default", "lab"], **shape)
     assert cloud.ssh(vm, "hostname") == "my-debian"
     assert cloud.ssh_by_password(vm, "123456", "hostname") == "my-debian"
-    assert f"inet {vm['ip']}/16" in cloud.ssh(vm, "ip -4 -o address")
+    for nic, prefix in zip(vm["nics"], ("/16", "/24"), strict=True):
+        at_nic = cloud.ssh({**vm, "ip": nic["ip"]}, "ip -4 -o address; ip -6 -o address")
+        assert f"eth{nic['slot']}    inet {nic['ip']}{prefix}" in at_nic
+        assert f"eth{nic['slot']}    inet6 {nic['ip6']}/64" in at_nic
+    assert cloud.ssh(vm, "ip route").count("default") == 1
+    gateway6 = cloud.call("network_info", network="default")["gateway6"]
+    assert f"default via {gateway6} dev eth0" in cloud.ssh(vm, "ip -6 route")
+    assert cloud.ssh(vm, "ip -6 route").count("default") == 1
+    cloud.ssh(vm, f"ping -c 1 -W 20 {gateway6}")
     assert int(cloud.ssh(vm, "df -k --output=size / | tail -n 1")) > 9 * (1 << 20)
     assert "Powered by OS Cloud" in cloud.ssh(vm, "cat /etc/motd /run/motd.dynamic 2>/dev/null")
     before = cloud.ssh(vm, IDENTITY)

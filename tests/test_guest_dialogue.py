@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from oscloudd.errors import HostError
-from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity
+from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity, wait_warm
 
 READY = b"[    0.1] Linux\r\noscloud-identity: ready\r\n"
 APPLIED = b"oscloud-identity: applied\r\n"
@@ -64,3 +64,16 @@ def test_a_guest_that_can_not_take_it_says_why() -> None:
         with pytest.raises(HostError, match="no space"):
             tell_identity(host, "hostname=d2Vi\n", boot_seconds=10)
         answer.join()
+
+
+def test_a_guest_that_comes_to_where_its_clones_are_told_says_so_unasked() -> None:
+    host, guest = socket.socketpair()
+    with host, guest:
+        guest.sendall(b"nobody login: \r\noscloud-identity: warm\r\n")
+        wait_warm(host, boot_seconds=10)
+        guest.sendall(b"oscloud-identity: failed: cloud-init failed: no\r\n")
+        with pytest.raises(HostError, match="clone: cloud-init failed: no"):
+            wait_warm(host, boot_seconds=10)
+        guest.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            guest.recv(1)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ while True:
 # Says hello on TCP ports of all of the host's addresses.
 SERVE = """
 import select, socket, sys
-servers = [socket.create_server(("0.0.0.0", int(port))) for port in sys.argv[1:]]
+dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+servers = [socket.create_server(("::", int(port)), **dual) for port in sys.argv[1:]]
 print("ready", flush=True)
 while True:
     for server in select.select(servers, [], [])[0]:
@@ -103,13 +105,15 @@ def send_all(cloud: GuestCloud, guests: list[dict[str, Any]], sent: dict[str, by
 def pair_of(guests: list[dict[str, Any]]) -> Pair:
     one, two = guests
     return Pair(
-        one["ip"], one["mac"], two["ip"], two["mac"], one["gateway"], "02:05:0a:14:00:01"
+        one["ip"], one["mac"], two["ip"], two["mac"], one["gateway"], "02:05:0a:14:00:01",
+        one["ip6"], two["ip6"], str(ip_network(f"{one['ip6']}/64", strict=False)[1]),
     )  # fmt: skip
 
 
 def answers(cloud: GuestCloud, vm: dict[str, Any], address: str, ports: list[int]) -> set[str]:
     """Give what answers a guest at an address: "ping", and TCP ports that take a connection."""
-    words = [f"ping -c 1 -W 5 {address} >/dev/null && echo ping"]
+    ping = "ping6" if ":" in address else "ping"
+    words = [f"{ping} -c 1 -W 5 {address} >/dev/null && echo ping"]
     for port in ports:
         hello = f"timeout 5 nc {address} {port} </dev/null 2>/dev/null | head -c 1"
         words.append(f'[ -n "$({hello})" ] && echo {port}')
@@ -121,26 +125,34 @@ def test_a_guest_finds_ping_and_dns_at_its_gateway_and_nothing_else_on_the_host(
 ) -> None:
     one, two = guests
     ports = [22, 80, 7000]
-    uplink = cloud.run("ip", "-4", "-o", "address", "show", "scope", "global").splitlines()
+    gateways = {one["gateway"], pair_of(guests).gateway_own6}
+    cloud.run("ip", "address", "add", "fd00:99::1/64", "dev", "lo")
+    uplink = cloud.run("ip", "-o", "address", "show", "scope", "global").splitlines()
     addresses = {line.split()[3].partition("/")[0] for line in uplink}
-    assert one["gateway"] in addresses
-    assert len(addresses) > 1
+    assert gateways < addresses
+    assert {":" in address for address in addresses - gateways} == {True, False}
     with beside(cloud, SERVE, *map(str, ports)):
-        assert answers(cloud, one, one["gateway"], ports) == {"ping"}
-        for address in addresses - {one["gateway"]}:
+        for gateway in gateways:
+            assert answers(cloud, one, gateway, ports) == {"ping"}, gateway
+        for address in addresses - gateways:
             assert answers(cloud, one, address, ports) == set(), address
-    assert two["ip"] in cloud.ssh(one, f"nslookup two.oscloud {one['gateway']}")
+    for gateway in gateways:
+        found = cloud.ssh(one, f"nslookup two.oscloud {gateway}")
+        assert two["ip"] in found
+        assert two["ip6"] in found
     # Its neighbour's ssh, and from there back.
     for here, there in ((one, two), (two, one)):
-        assert answers(cloud, here, there["ip"], [22, 80]) == {"ping", "22"}
+        for address in (there["ip"], there["ip6"]):
+            assert answers(cloud, here, address, [22, 80]) == {"ping", "22"}
 
 
 def test_networks_do_not_reach_each_other_nor_the_metadata_address(
     cloud: GuestCloud, guests: list[dict[str, Any]]
 ) -> None:
     other = cloud.create("other", network="other")
-    assert answers(cloud, guests[0], other["ip"], [22]) == set()
-    assert answers(cloud, other, guests[0]["ip"], [22]) == set()
+    for key in ("ip", "ip6"):
+        assert answers(cloud, guests[0], other[key], [22]) == set()
+        assert answers(cloud, other, guests[0][key], [22]) == set()
     assert answers(cloud, other, other["gateway"], [22]) == {"ping"}
     cloud.run("ip", "address", "add", "169.254.169.254/32", "dev", "lo")
     with beside(cloud, SERVE, "80"):
@@ -165,6 +177,8 @@ def test_addresses_are_kept_over_stop_and_start_and_run_out(
     again = cloud.wait(one)
     assert (again["ip"], again["mac"]) == (one["ip"], one["mac"])
     assert one["ip"] in cloud.ssh(one, "ip -4 address show dev eth0")
+    assert f"{one['ip6']}/64" in cloud.ssh(one, "ip -6 address show dev eth0")
+    assert again["ip6"] == one["ip6"]
     rest = [more(cloud, f"more{number}") for number in range(3)]
     assert [vm["ip"] for vm in rest] == ["10.20.0.4", "10.20.0.5", "10.20.0.6"]
     with pytest.raises(ExhaustedError, match=r"10\.20\.0\.0/29 has 5 for vms"):

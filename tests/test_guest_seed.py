@@ -17,7 +17,7 @@ from oscloudd.errors import HostError, InvalidArgumentError, OperationTimeoutErr
 from oscloudd.guest import cloud_init
 from oscloudd.guest.cloud_init import parse_result, wait_cloud_init
 from oscloudd.guest.hooks import Hooks
-from oscloudd.guest.identity import GuestIdentity
+from oscloudd.guest.identity import GuestIdentity, GuestNic
 from oscloudd.guest.seed import build_seed_files, check_user_data, write_seed
 from oscloudd.host.keys import HostKey
 
@@ -67,8 +67,25 @@ def test_the_seed_says_who_the_guest_is() -> None:
     assert card["routes"] == [{"to": "default", "via": "192.168.0.1"}]
     assert card["nameservers"] == {"addresses": ["192.168.0.1", "192.0.2.53"]}
     assert card["accept-ra"] is False
+    dual = replace(IDENTITY, address6="fd00:a::2/64", gateway6="fd00:a::1")
+    card = json.loads(seed(dual)["network-config"])["ethernets"]["eth0"]
+    assert card["addresses"] == ["192.168.0.2/16", "fd00:a::2/64"]
+    assert card["routes"][1:] == [{"to": "::/0", "via": "fd00:a::1"}]
     keys = vendor_config(files)["ssh_keys"]
     assert keys == {"ed25519_private": "PRIVATE\n", "ed25519_public": "ssh-ed25519 CCCC\n"}
+
+
+def test_the_seed_names_every_card() -> None:
+    others = (GuestNic("52:54:00:00:00:03", "10.20.0.2", 24),)
+    files = seed(replace(IDENTITY, other_nics=others))
+    cards = json.loads(files["network-config"])["ethernets"]
+    assert cards["eth0"] == json.loads(seed()["network-config"])["ethernets"]["eth0"]
+    assert cards["eth1"] == {
+        "match": {"macaddress": "52:54:00:00:00:03"},
+        "set-name": "eth1",
+        "addresses": ["10.20.0.2/24"],
+        "accept-ra": False,
+    }
 
 
 def test_a_password_is_asked_for_only_where_there_is_one() -> None:
@@ -77,7 +94,9 @@ def test_a_password_is_asked_for_only_where_there_is_one() -> None:
 
 
 def test_a_copy_keeps_who_may_log_in_and_gets_a_machine_id() -> None:
-    copy = replace(IDENTITY, root_password_hash="", authorized_keys=(), keeps_access=True)
+    copy = replace(
+        IDENTITY, root_password_hash="", authorized_keys=(), keeps_access=True, is_copy=True
+    )
     assert "ssh_pwauth" not in vendor_config(seed(copy))
     assert f"machine_id={'0' * 32}\n" in vendor_parts(seed(copy))["text/cloud-boothook"]
     assert "machine_id=''\n" in vendor_parts(seed())["text/cloud-boothook"]

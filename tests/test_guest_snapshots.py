@@ -74,6 +74,46 @@ def test_a_guest_goes_on_from_the_memory_of_a_snapshot(
     assert note(cloud, web) == "later"
 
 
+def fill(cloud: GuestCloud, vm: dict[str, Any], text: str) -> str:
+    """Write the note, and 8 MiB partly over what was there before; give their sums."""
+    write(cloud, vm, text)
+    seek = len(text) % 5
+    command = f"dd if=/dev/urandom of=/root/fill bs=1M count=8 seek={seek} conv=notrunc; sync"
+    cloud.ssh(vm, command)
+    return sums(cloud, vm)
+
+
+def sums(cloud: GuestCloud, vm: dict[str, Any]) -> str:
+    cloud.ssh(vm, "echo 3 >/proc/sys/vm/drop_caches")
+    return cloud.ssh(vm, "md5sum /root/note /root/fill")
+
+
+def test_snapshots_around_one_that_is_deleted_stay_as_they_are(
+    cloud: GuestCloud, web: dict[str, Any]
+) -> None:
+    cloud.ssh(web, LEAVE_TRACES)
+    traces = cloud.ssh(web, READ_TRACES)
+    seen = {}
+    for name in ("older", "middle", "remembering", "newer"):
+        seen[name] = fill(cloud, web, name)
+        memory = ["--memory"] if name == "remembering" else []
+        cloud.control("snapshot-create", "web", name, *memory)
+    seen["now"] = fill(cloud, web, "now")
+    pid, layers = cloud.info(web)["pid"], cloud.call("disk_info", disk=web["disk"])["layers"]
+    cloud.control("snapshot-delete", "web", "middle")
+    assert cloud.call("disk_info", disk=web["disk"])["layers"] < layers
+    # The guest reads what its qemu has open, and a qemu that is started what is there now.
+    assert (cloud.info(web)["pid"], sums(cloud, web)) == (pid, seen["now"])
+    cloud.call("vm_restart", vm="web")
+    cloud.wait(web)
+    assert sums(cloud, web) == seen["now"]
+    for name in ("newer", "older", "remembering"):
+        cloud.control("snapshot-restore", "web", name, "--force")
+        cloud.wait(web)
+        assert sums(cloud, web) == seen[name]
+    assert cloud.ssh(web, READ_TRACES) == traces
+
+
 def test_a_guest_that_is_off_comes_back_to_its_snapshot(
     cloud: GuestCloud, web: dict[str, Any]
 ) -> None:

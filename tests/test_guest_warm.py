@@ -32,6 +32,8 @@ LASTING = {
     "hosts": "cat /etc/hosts",
     "machine_id": "cat /etc/machine-id",
     "address": "ip -4 -o address show eth0 scope global | sed 's/ *valid_lft.*//'",
+    "address6": "ip -6 -o address show eth0 scope global | awk '{ print $4 }'",
+    "route6": "ip -6 route show default | awk '{ print $3 }' | sort -u",
     "route": "ip route | sed 's/ *$//'",
     "mac": "cat /sys/class/net/eth0/address",
     "resolver": "cat /etc/resolv.conf",
@@ -179,6 +181,7 @@ def test_each_is_who_it_was_told_to_be(story: Story) -> None:
         assert f"inet {identity.address}/24 " in facts["address"]
         assert facts["address"].count("inet") == 1
         assert f"default via {HOST} dev eth0" in facts["route"]
+        assert (facts["address6"], facts["route6"]) == (identity.address6, identity.gateway6)
         assert facts["mac"] == identity.mac
         assert facts["resolver"].split() == ["nameserver", HOST, "nameserver", "192.0.2.53"]
         assert facts["keys"] == identity.authorized_keys[0]
@@ -187,6 +190,11 @@ def test_each_is_who_it_was_told_to_be(story: Story) -> None:
         assert int(facts["kilobytes"]) > 2.7 * (1 << 20)
         assert "No such file" in facts["left"]
         assert "\n/run" not in f"\n{facts['left']}"
+
+
+def test_only_one_was_told_an_ipv6_address(story: Story) -> None:
+    told = [bool(seen.guest.identity.address6) for seen in (story.first, story.second)]
+    assert told == [True, False]
 
 
 def test_it_lets_its_owner_in_by_password(story: Story) -> None:

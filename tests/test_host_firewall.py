@@ -11,7 +11,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from pathlib import Path
+from typing import NamedTuple
 
 import frames
 import pytest
@@ -22,7 +25,8 @@ from oscloudd.errors import HostError, NotFoundError
 from oscloudd.host.network import firewall
 from oscloudd.host.network.bridge_ports import guard_port
 from oscloudd.host.network.bridges import Bridge, ensure_bridge
-from oscloudd.host.network.firewall import apply_ruleset, check_ruleset, ensure_forwarding
+from oscloudd.host.network.firewall import apply_ruleset, check_ruleset, remove_ruleset
+from oscloudd.host.network.forwarding import ensure_forwarding, ensure_forwarding6
 from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.ruleset import (
     FAMILIES,
@@ -40,22 +44,56 @@ GATEWAY, GATEWAY_MAC = "192.168.0.1", "02:05:c0:a8:00:01"
 ONE, ONE_MAC = "192.168.0.2", "52:54:00:00:00:02"
 TWO, TWO_MAC = "192.168.0.3", "52:54:00:00:00:03"
 OTHER, OTHER_MAC = "172.16.0.2", "52:54:00:00:00:04"
-PAIR = Pair(ONE, ONE_MAC, TWO, TWO_MAC, GATEWAY, GATEWAY_MAC)
-WORLD, HOST_OUTSIDE = "10.9.0.2", "10.9.0.1"
-METADATA = "169.254.169.254"
+PAIR = Pair(ONE, ONE_MAC, TWO, TWO_MAC, GATEWAY, GATEWAY_MAC, "fd00:a::2", "fd00:a::3", "fd00:a::1")
+HOST_OUTSIDE = "10.9.0.1"
+
+
+class Family(NamedTuple):
+    """The addresses of one family: of guests and gateways, and of the world outside."""
+
+    one: str
+    two: str
+    gateway: str
+    other: str
+    other_gateway: str
+    world: str
+    host_outside: str
+    metadata: str
+    unused: str
+    option: str
+
+    @property
+    def any(self) -> str:
+        return "0.0.0.0" if self.option == "-4" else "::"
+
+    @property
+    def socket_family(self) -> socket.AddressFamily:
+        return socket.AF_INET if self.option == "-4" else socket.AF_INET6
+
+
+FOUR = Family(
+    ONE, TWO, GATEWAY, OTHER, "172.16.0.1", "10.9.0.2", HOST_OUTSIDE, "169.254.169.254",
+    "203.0.113.5", "-4",
+)  # fmt: skip
+SIX = Family(
+    PAIR.one_own6, PAIR.two_own6, PAIR.gateway_own6, "fd00:b::2", "fd00:b::1", "fd00:9::2",
+    "fd00:9::1", "fd00:ec2::254", "2001:db8::5", "-6",
+)  # fmt: skip
+FAMILIES_OF_IP = pytest.mark.parametrize("net", [FOUR, SIX], ids=["IPv4", "IPv6"])
+WORLD = FOUR.world
 
 BRIDGES = [
-    Bridge("oscbr0", IPv4Address(GATEWAY), 16),
-    Bridge("oscbr1", IPv4Address("172.16.0.1"), 16),
+    Bridge("oscbr0", IPv4Address(GATEWAY), 16, IPv6Interface(f"{SIX.gateway}/64")),
+    Bridge("oscbr1", IPv4Address("172.16.0.1"), 16, IPv6Interface(f"{SIX.other_gateway}/64")),
 ]
 NETWORKS = [
-    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16")),
-    GuestNetwork("oscbr1", IPv4Network("172.16.0.0/16")),
+    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16"), subnet6=IPv6Network("fd00:a::/64")),
+    GuestNetwork("oscbr1", IPv4Network("172.16.0.0/16"), subnet6=IPv6Network("fd00:b::/64")),
 ]
 PORTS = [
-    GuestPort("osctap0", ONE_MAC, IPv4Address(ONE)),
-    GuestPort("osctap1", TWO_MAC, IPv4Address(TWO)),
-    GuestPort("osctap2", OTHER_MAC, IPv4Address(OTHER)),
+    GuestPort("osctap0", ONE_MAC, IPv4Address(ONE), IPv6Address(SIX.one)),
+    GuestPort("osctap1", TWO_MAC, IPv4Address(TWO), IPv6Address(SIX.two)),
+    GuestPort("osctap2", OTHER_MAC, IPv4Address(OTHER), IPv6Address(SIX.other)),
 ]
 
 # A guest: one command a line on its standard input, one answer a line. What it sends twice it
@@ -93,13 +131,16 @@ for line in sys.stdin:
         if words[0] == "tcp":
             bound[words[1]].listen()
     if verb == "send":
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        with socket.socket(family(words[0]), socket.SOCK_DGRAM) as sender:
             sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-            sender.bind((words[3] if len(words) > 3 else "0.0.0.0", 0))
+            if len(words) > 3:
+                sender.bind((words[3], 0))
             sender.sendto(words[2].encode(), (words[0], int(words[1])))
     if verb == "receive":
         data, source = bound[words[0]].recvfrom(100)
         answer = f"{data.decode()} {source[0]}"
+    if verb == "send-from":
+        bound[words[0]].sendto(words[3].encode(), (words[1], int(words[2])))
     if verb == "answer":
         bound[words[0]].sendto(b"answer", source)
     if verb == "accept":
@@ -157,7 +198,16 @@ class Guest:
         enter = ["nsenter", "--net", "--target", str(self.process.pid)]
         subprocess.run([*enter, *argv], check=True, capture_output=True)
 
-    def connect(self, port: str, address: str, gateway: str, mac: str = NOBODY_MAC) -> None:
+    def connect(
+        self,
+        port: str,
+        address: str,
+        gateway: str,
+        mac: str = NOBODY_MAC,
+        *,
+        address6: str | None = None,
+        gateway6: str | None = None,
+    ) -> None:
         """Give the guest the other end of the interface `port` of ours."""
         ip(f"link add {port} type veth peer name eth0 address {mac} netns {self.process.pid}")
         ip(f"link set {port} up")
@@ -166,6 +216,9 @@ class Guest:
         self.run("sh", "-c", "echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad")
         self.run("ip", "link", "set", "eth0", "up")
         self.run("ip", "route", "add", "default", "via", gateway)
+        if address6 is not None and gateway6 is not None:
+            self.run("ip", "address", "add", f"{address6}/64", "dev", "eth0")
+            self.run("ip", "-6", "route", "add", "default", "via", gateway6)
         self.ask("card")
 
     def until(self, tag: bytes) -> bytes:
@@ -194,7 +247,14 @@ def two_neighbours() -> Iterator[tuple[Guest, Guest]]:
     asyncio.run(ensure_bridge(BRIDGES[0]))
     with new_guests(2) as (one, two):
         for guest, port in ((one, PORTS[0]), (two, PORTS[1])):
-            guest.connect(port.tap, str(port.address), GATEWAY, port.mac)
+            guest.connect(
+                port.tap,
+                str(port.address),
+                GATEWAY,
+                port.mac,
+                address6=str(port.address6),
+                gateway6=SIX.gateway,
+            )
             ip(f"link set {port.tap} master oscbr0")
         yield one, two
 
@@ -206,13 +266,19 @@ def firewalled(networks: list[GuestNetwork]) -> Iterator[tuple[Guest, Guest, Gue
         asyncio.run(ensure_bridge(bridge))
     apply(networks)
     ensure_forwarding()
+    ensure_forwarding6()
+    Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0")
     with new_guests(3) as (one, other, world):
-        one.connect("osctap0", ONE, GATEWAY, ONE_MAC)
+        one.connect("osctap0", ONE, GATEWAY, ONE_MAC, address6=SIX.one, gateway6=SIX.gateway)
         ip("link set osctap0 master oscbr0")
-        other.connect("osctap2", OTHER, "172.16.0.1", OTHER_MAC)
+        other.connect(
+            "osctap2", OTHER, "172.16.0.1", OTHER_MAC, address6=SIX.other,
+            gateway6=SIX.other_gateway,
+        )  # fmt: skip
         ip("link set osctap2 master oscbr1")
-        world.connect("uplink", WORLD, HOST_OUTSIDE)
+        world.connect("uplink", WORLD, HOST_OUTSIDE, address6=SIX.world, gateway6=SIX.host_outside)
         ip(f"address add {HOST_OUTSIDE}/16 dev uplink")
+        ip(f"address add {SIX.host_outside}/64 dev uplink nodad")
         yield one, other, world
 
 
@@ -248,7 +314,7 @@ def test_nothing_forged_reaches_a_neighbour_and_all_that_is_honest_does() -> Non
 def test_a_guest_is_told_by_its_tap() -> None:
     with two_neighbours() as (one, two):
         # The other's tap has these addresses, and what is known of this one's is nothing.
-        apply(NETWORKS, [GuestPort("osctap1", ONE_MAC, IPv4Address(ONE))])
+        apply(NETWORKS, [replace(PORTS[0], tap="osctap1")])
         assert _arrives_before_what_is_allowed_next(one, two) == set()
         add_elements(build_elements(PORTS[0]))
         assert send_all(one, two, grace(PAIR)) == set(grace(PAIR))
@@ -317,31 +383,34 @@ def test_neighbours_ping_and_connect_and_ping_their_gateway() -> None:
         apply(NETWORKS)
         for port in PORTS[:2]:
             guard_port(port.tap, port.mac)
-        for address in (TWO, GATEWAY, PAIR.two6, PAIR.gateway6):
+        for address in (TWO, GATEWAY, PAIR.two6, PAIR.gateway6, SIX.two, SIX.gateway):
             assert one.ask(f"ping {address}") == "done"
-        two.ask("bind tcp 80")
-        two.say("accept 80")
-        one.ask(f"connect {TWO} 80")
-        assert two.hear() == ONE
+        for port, net in ((80, FOUR), (81, SIX)):
+            two.ask(f"bind tcp {port} {net.two}")
+            two.say(f"accept {port}")
+            one.ask(f"connect {net.two} {port}")
+            assert two.hear() == net.one
 
 
+@FAMILIES_OF_IP
 @in_namespace
-def test_guest_reaches_the_world_behind_the_hosts_address_only() -> None:
+def test_guest_reaches_the_world_behind_the_hosts_address_only(net: Family) -> None:
     with firewalled(NETWORKS) as (one, _, world):
-        world.ask("bind udp 7000")
-        world.run("ip", "address", "add", f"{METADATA}/32", "dev", "eth0")
-        ip(f"route add {METADATA}/32 dev uplink")
+        world.ask(f"bind udp 7000 {net.any}")
+        world.run("ip", "address", "add", net.metadata, "dev", "eth0")
+        ip(f"{net.option} route add {net.metadata} dev uplink")
         # These don't pass; what comes after them on the same way shows that they didn't.
-        one.run("ip", "address", "add", "203.0.113.5/32", "dev", "eth0")
-        add_elements(build_elements(GuestPort("osctap0", ONE_MAC, IPv4Address("203.0.113.5"))))
-        one.ask(f"send {WORLD} 7000 forged 203.0.113.5")
-        one.ask(f"send {METADATA} 7000 metadata")
-        one.ask(f"send {WORLD} 7000 honest")
-        assert world.ask("receive 7000") == f"honest {HOST_OUTSIDE}"
-        world.ask("bind tcp 80")
+        one.run("ip", "address", "add", net.unused, "dev", "eth0")
+        forged = GuestPort("osctap0", ONE_MAC, IPv4Address(FOUR.unused), IPv6Address(SIX.unused))
+        add_elements(build_elements(forged))
+        one.ask(f"send {net.world} 7000 forged {net.unused}")
+        one.ask(f"send {net.metadata} 7000 metadata {net.one}")
+        one.ask(f"send {net.world} 7000 honest {net.one}")
+        assert world.ask("receive 7000") == f"honest {net.host_outside}"
+        world.ask(f"bind tcp 80 {net.any}")
         world.say("accept 80")
-        one.ask(f"connect {WORLD} 80")  # answers come back
-        assert world.hear() == HOST_OUTSIDE
+        one.ask(f"connect {net.world} 80")  # answers come back
+        assert world.hear() == net.host_outside
 
 
 @in_namespace
@@ -358,43 +427,79 @@ def test_a_guest_whose_bridge_is_gone_reaches_nothing() -> None:
         assert world.ask("receive 7000") == f"honest {HOST_OUTSIDE}"
 
 
+@FAMILIES_OF_IP
 @in_namespace
-def test_isolated_guest_reaches_its_own_network_and_gateway_only() -> None:
-    isolated = [GuestNetwork("oscbr0", NETWORKS[0].subnet, isolated=True), NETWORKS[1]]
+def test_isolated_guest_reaches_its_own_network_and_gateway_only(net: Family) -> None:
+    isolated = [replace(NETWORKS[0], isolated=True), NETWORKS[1]]
     with firewalled(isolated) as (one, other, world):
-        world.ask("bind udp 7000")
-        one.ask(f"send {WORLD} 7000 isolated")
-        other.ask(f"send {WORLD} 7000 other")
-        assert world.ask("receive 7000") == f"other {HOST_OUTSIDE}"
-        assert one.ask(f"ping {GATEWAY}") == "done"
+        world.ask(f"bind udp 7000 {net.any}")
+        one.ask(f"send {net.world} 7000 isolated")
+        other.ask(f"send {net.world} 7000 other")
+        assert world.ask("receive 7000") == f"other {net.host_outside}"
+        assert one.ask(f"ping {net.gateway}") == "done"
 
 
+@FAMILIES_OF_IP
 @in_namespace
-def test_guest_without_nat_is_seen_and_reached_under_its_own_address() -> None:
-    routed = [GuestNetwork("oscbr0", NETWORKS[0].subnet, nat=False), NETWORKS[1]]
+def test_guest_without_nat_is_seen_and_reached_under_its_own_address(net: Family) -> None:
+    routed = [replace(NETWORKS[0], nat=False), NETWORKS[1]]
     with firewalled(routed) as (one, other, world):
-        world.ask("bind udp 7000")
-        one.ask(f"send {WORLD} 7000 routed")
-        assert world.ask("receive 7000") == f"routed {ONE}"
-        one.ask("bind udp 7000")
-        other.ask(f"send {ONE} 7000 other")
-        world.ask(f"send {ONE} 7000 world")
-        assert one.ask("receive 7000") == f"world {WORLD}"
+        world.ask(f"bind udp 7000 {net.any}")
+        one.ask(f"send {net.world} 7000 routed")
+        assert world.ask("receive 7000") == f"routed {net.one}"
+        one.ask(f"bind udp 7000 {net.any}")
+        other.ask(f"send {net.one} 7000 other")
+        world.ask(f"send {net.one} 7000 world")
+        assert one.ask("receive 7000") == f"world {net.world}"
 
 
+@FAMILIES_OF_IP
 @in_namespace
-def test_world_and_other_networks_do_not_reach_a_guest_but_the_host_does() -> None:
+def test_world_and_other_networks_do_not_reach_a_guest_but_the_host_does(net: Family) -> None:
     with firewalled(NETWORKS) as (one, other, world):
         for guest, address, stranger, gateway in (
-            (one, ONE, other, GATEWAY),
-            (other, OTHER, one, "172.16.0.1"),
+            (one, net.one, other, net.gateway),
+            (other, net.other, one, net.other_gateway),
         ):
-            guest.ask("bind udp 7000")
+            guest.ask(f"bind udp 7000 {net.any}")
             world.ask(f"send {address} 7000 world")
             stranger.ask(f"send {address} 7000 stranger")
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+            with socket.socket(net.socket_family, socket.SOCK_DGRAM) as host:
                 host.sendto(b"host", (address, 7000))
             assert guest.ask("receive 7000") == f"host {gateway}"
+
+
+@in_namespace
+def test_guest_reaches_dns_at_its_gateway_by_ipv6_and_nothing_else_on_the_host() -> None:
+    with firewalled(NETWORKS) as (one, _, _), ExitStack() as stack:
+        services = {}
+        for port in (53, 67, 547, 7000):
+            service = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            services[port] = stack.enter_context(service)
+            service.bind(("::", port))
+            service.settimeout(20)
+        link_local = f"{PAIR.gateway6}%eth0"
+        for port in services:
+            for address in (SIX.host_outside, SIX.other_gateway, link_local, "ff02::1%eth0"):
+                one.ask(f"send {address} {port} forbidden")
+            if port != 53:
+                one.ask(f"send {SIX.gateway} {port} forbidden")
+        one.ask(f"send {SIX.gateway} 53 question")
+        assert services[53].recv(100) == b"question"
+        with socket.create_server((SIX.gateway, 53), family=socket.AF_INET6) as server:
+            one.say(f"connect {SIX.gateway} 53")
+            server.accept()[0].close()
+            assert one.hear() == "done"
+        for service in services.values():
+            service.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                service.recv(100)
+        # Once there are no rules, all of that arrives.
+        asyncio.run(remove_ruleset())
+        for service in services.values():
+            service.settimeout(20)
+        one.ask(f"send {link_local} 7000 forbidden")
+        assert services[7000].recv(100) == b"forbidden"
 
 
 @in_namespace

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from oscloudd.errors import ExhaustedError, HostError
-from oscloudd.host.flatten import Layer, build_flatten_argv, flatten, measure
+from oscloudd.host.flatten import build_flatten_argv, flatten
+from oscloudd.host.image_chain import Layer, OpenLayer, measure, open_chain
 
 NOBODY = "nobody" if os.geteuid() == 0 else None
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -37,21 +38,22 @@ def make_chain(directory: Path) -> list[Layer]:
 def flattened(chain: list[Layer], directory: Path | None = None) -> bytes:
     fractions: list[float] = []
     with tempfile.TemporaryFile(dir=directory, buffering=0) as image:
-        work = flatten(chain, image.fileno(), "raw", NOBODY, on_fraction=fractions.append)
-        asyncio.run(work)
+        with open_chain(chain) as opened:
+            work = flatten(opened, image.fileno(), "raw", NOBODY, on_fraction=fractions.append)
+            asyncio.run(work)
         assert fractions[-1] == 1.0
         return image.read()
 
 
 def test_the_chain_is_told_whole() -> None:
-    chain = [Layer(Path("/a"), "qcow2"), Layer(Path("/b"), "raw")]
-    assert build_flatten_argv(chain, [8, 9], 10, "qcow2") == [
+    chain = [OpenLayer(8, "qcow2"), OpenLayer(9, "raw")]
+    assert build_flatten_argv(chain, 10, "qcow2") == [
         "qemu-img", "convert", "-p", "-t", "writeback", "-O", "qcow2",
         'json:{"driver":"qcow2","file":{"driver":"file","filename":"/proc/self/fd/8"},'
         '"backing":{"driver":"raw","file":{"driver":"file","filename":"/proc/self/fd/9"}}}',
         "/proc/self/fd/10",
     ]  # fmt: skip
-    alone = build_flatten_argv(chain[:1], [8], 10, "raw")
+    alone = build_flatten_argv(chain[:1], 10, "raw")
     assert alone[-2].endswith('"backing":null}')
 
 
@@ -63,7 +65,8 @@ def test_every_layer_is_read(tmp_path: Path) -> None:
     assert content[512:516] == b"base"
     assert content[4096:4608] == b"\x41" * 512
     assert content[128 << 10 :].strip(b"\0") == b""
-    assert 0 < asyncio.run(measure(chain, NOBODY)) < 2 << 20
+    with open_chain(chain) as opened:
+        assert 0 < asyncio.run(measure(opened, NOBODY)) < 2 << 20
     # Whoever may read the file by its descriptor has no way to its name.
     assert tmp_path.stat().st_mode & 0o777 == 0o700
 

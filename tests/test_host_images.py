@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from oscloudd.host.image_header import is_blank, read_backing_name
 from oscloudd.host.images import (
     build_overlay_argv,
     copy_overlay,
+    copy_steady,
     create_overlay,
     virtual_size_bytes,
 )
@@ -119,3 +121,23 @@ def test_what_an_image_says_it_stands_on(tmp_path: Path) -> None:
 def test_names_given_to_qemu_img_are_never_protocols() -> None:
     argv = build_overlay_argv(Path("nbd:x"), Path("json:{}"), "raw", 1)
     assert all(name.startswith("/") for name in argv[-3:-1])
+
+
+def test_a_file_that_is_being_written_to_is_copied_as_it_was_at_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, copy = tmp_path / "variables.fd", tmp_path / "copy"
+    source.write_bytes(b"old old")
+    readings = [b"old old", b"new old", b"new new", b"new new"]
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: readings.pop(0))
+    copy_steady(source, copy)
+    monkeypatch.undo()
+    assert (copy.read_bytes(), readings) == (b"new new", [])
+    endless = itertools.count()
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: b"%d" % next(endless))
+    with pytest.raises(HostError, match="written to all the time"):
+        copy_steady(source, tmp_path / "other")
+    monkeypatch.undo()
+    with pytest.raises(HostError, match="none can't be copied"):
+        copy_steady(tmp_path / "none", copy)
+    assert sorted(os.listdir(tmp_path)) == ["copy", "variables.fd"]

@@ -18,7 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Interface
+from pathlib import Path
+from typing import ParamSpec
 
 import pytest
 
@@ -30,6 +33,12 @@ from oscloudd.host.network.firewall import (
     find_missing_tables,
     find_ruleset_bridges,
     remove_ruleset,
+)
+from oscloudd.host.network.forwarding import (
+    ensure_forwarding,
+    ensure_forwarding6,
+    find_closed_sysctl,
+    has_ipv6,
 )
 from oscloudd.host.network.links import (
     Links,
@@ -47,6 +56,7 @@ from oscloudd.host.network.taps import join_tap, open_tap
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 
+Given = ParamSpec("Given")
 CLONE_NEWNET = 0x40000000
 BRIDGE = Bridge("oscbr0", IPv4Address("192.168.0.1"), 16)
 OTHER_BRIDGE = Bridge("oscbr1", IPv4Address("172.16.0.1"), 16)
@@ -57,9 +67,9 @@ NETWORKS = [
 PORTS = [GuestPort("osctap0", "52:54:00:00:00:01", IPv4Address("192.168.0.2"))]
 
 
-def in_namespace(test: Callable[[], None]) -> Callable[[], None]:
+def in_namespace(test: Callable[Given, None]) -> Callable[Given, None]:
     @functools.wraps(test)
-    def wrapper() -> None:
+    def wrapper(*args: Given.args, **kwargs: Given.kwargs) -> None:
         failures: list[BaseException] = []
 
         def body() -> None:
@@ -67,7 +77,7 @@ def in_namespace(test: Callable[[], None]) -> Callable[[], None]:
                 libc = ctypes.CDLL(None, use_errno=True)
                 assert libc.unshare(CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
                 ip("link set lo up")
-                test()
+                test(*args, **kwargs)
             except BaseException as failure:
                 failures.append(failure)
 
@@ -125,6 +135,42 @@ def test_foreign_interfaces_are_refused_and_left_alone() -> None:
             asyncio.run(remove_bridge(name))
     assert ip("-4 address show oscbr0") == ""
     assert {"oscbr0", "oscbr1"} <= set(interfaces())
+
+
+@in_namespace
+def test_bridge_has_an_address_of_each_family_at_once() -> None:
+    dual = replace(BRIDGE, interface6=IPv6Interface("fd00:a::1/64"))
+    for _ in range(2):
+        asyncio.run(ensure_bridge(dual))
+        shown = ip("-6 address show oscbr0 scope global")
+        assert "fd00:a::1/64" in shown
+        assert "tentative" not in shown
+    # One that an earlier daemon has made had none, or another.
+    asyncio.run(ensure_bridge(replace(dual, interface6=IPv6Interface("fd00:b::1/64"))))
+    assert "fd00:b::1/64" in ip("-6 address show oscbr0")
+    assert "fd00:a" not in ip("-6 address show oscbr0")
+    asyncio.run(ensure_bridge(BRIDGE))
+    assert "fd00" not in ip("-6 address show oscbr0")
+    assert "192.168.0.1/16" in ip("-4 address show oscbr0")
+
+
+@in_namespace
+def test_a_host_that_takes_its_routes_from_advertisements_still_does_when_it_forwards() -> None:
+    ip("link add uplink type veth peer name router")
+    Path("/proc/sys/net/ipv6/conf/router/accept_ra").write_text("0")
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+    assert find_closed_sysctl() == "net.ipv4.ip_forward"
+    ensure_forwarding()
+    assert find_closed_sysctl() == "net.ipv6.conf.all.forwarding"
+    for _ in range(2):
+        ensure_forwarding6()
+        assert find_closed_sysctl() is None
+    names = ("uplink", "router", "default")
+    settings = [Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").read_text() for name in names]
+    assert settings == ["2\n", "0\n", "2\n"]
+    assert has_ipv6()
+    Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
+    assert not has_ipv6()
 
 
 @in_namespace
@@ -225,13 +271,17 @@ def test_what_a_guest_sends_and_receives_is_counted() -> None:
 @in_namespace
 def test_neighbour_is_set_replaced_and_forgotten() -> None:
     asyncio.run(ensure_bridge(BRIDGE))
-    address = IPv4Address("192.168.0.2")
-    for mac in ("52:54:00:00:00:01", "52:54:00:00:00:02"):
-        set_neighbour("oscbr0", address, mac)
-        assert f"192.168.0.2 lladdr {mac} PERMANENT" in ip("neighbour show dev oscbr0")
-    delete_neighbour("oscbr0", address)
-    delete_neighbour("oscbr0", address)
-    assert "52:54" not in ip("neighbour show dev oscbr0")
+    for address in (IPv4Address("192.168.0.2"), IPv6Address("fd00:a::2")):
+        for mac in ("52:54:00:00:00:01", "52:54:00:00:00:02"):
+            set_neighbour("oscbr0", address, mac)
+            assert f"{address} lladdr {mac} PERMANENT" in ip("neighbour show dev oscbr0")
+        assert asyncio.run(list_permanent_neighbours(["oscbr0"])) == [("oscbr0", address)]
+        delete_neighbour("oscbr0", address)
+        delete_neighbour("oscbr0", address)
+        assert "52:54" not in ip("neighbour show dev oscbr0")
+        delete_neighbour("oscbr9", address)
+        with pytest.raises(HostError, match="can't be set: no interface"):
+            set_neighbour("oscbr9", address, "52:54:00:00:00:01")
 
 
 @in_namespace

@@ -1,7 +1,7 @@
 """What is said to `ip` and `nft` and read from them: pure functions."""
 
 import tempfile
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.network.bridges import Bridge, build_changes, build_creation
 from oscloudd.host.network.firewall import parse_ruleset_bridges
+from oscloudd.host.network.host_names import build_commands, can_find_guests
 from oscloudd.host.network.interfaces import check_interface_name
 from oscloudd.host.network.links import Links, Tap, parse_links
 from oscloudd.host.network.name_server import (
@@ -26,12 +27,14 @@ BRIDGE = Bridge("oscloud0", IPv4Address("192.168.0.1"), 16)
 
 GOLDEN = Path(__file__).parent / "golden" / "firewall.nft"
 NETWORKS = [
-    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16")),
-    GuestNetwork("oscbr1", IPv4Network("172.16.0.0/16"), nat=False),
+    GuestNetwork("oscbr0", IPv4Network("192.168.0.0/16"), subnet6=IPv6Network("fd00:a::/64")),
+    GuestNetwork(
+        "oscbr1", IPv4Network("172.16.0.0/16"), nat=False, subnet6=IPv6Network("fd00:b::/64")
+    ),
     GuestNetwork("oscbr2", IPv4Network("10.1.0.0/29"), isolated=True),
 ]
 PORTS = [
-    GuestPort("osctap0", "52:54:00:00:00:01", IPv4Address("192.168.0.2")),
+    GuestPort("osctap0", "52:54:00:00:00:01", IPv4Address("192.168.0.2"), IPv6Address("fd00:a::2")),
     GuestPort("osctap1", "52:54:00:00:00:02", IPv4Address("10.1.0.2")),
 ]
 
@@ -116,25 +119,41 @@ def test_rules_of_forwarded_ports() -> None:
 
 
 def test_a_name_server_is_confined_by_systemd() -> None:
-    server = NameServer("oscbr0", IPv4Address("192.168.0.1"), Path("/run/oscloud/names/oscbr0"))
+    server = NameServer(
+        "oscbr0", IPv4Interface("192.168.0.1/16"), Path("/run/oscloud/names/oscbr0")
+    )
     argv = build_name_server(server, "dnsmasq")
     assert argv == [
         "dnsmasq", "--conf-file=/dev/null", "--user=dnsmasq",
         "--pid-file=/run/oscloud/names/oscbr0/pid", "--interface=oscbr0", "--except-interface=lo",
         "--bind-dynamic", "--no-hosts", "--hostsdir=/run/oscloud/names/oscbr0/hosts",
-        "--local=/oscloud/", "--domain-needed",
+        "--local=/oscloud/", "--domain-needed", "--domain=oscloud",
+        "--dhcp-range=192.168.0.0,static,255.255.0.0,infinite",
+        "--dhcp-hostsfile=/run/oscloud/names/oscbr0/addresses",
+        "--dhcp-option=tag:noroute,option:router", "--dhcp-authoritative",
+        "--leasefile-ro", "--no-ping", "--dhcp-broadcast",
     ]  # fmt: skip
     service = build_names_service(argv, server)
     assert service[:4] == ["systemd-run", "--quiet", "--collect", f"--unit={server.unit}"]
     assert service[service.index("--") + 1 :] == argv
     assert "--property=TemporaryFileSystem=/run/oscloud:mode=0755" in service
     assert "--property=BindPaths=/run/oscloud/names/oscbr0" in service
+    assert {"--property=MemoryMax=64M", "--property=TasksMax=32"} <= set(service)
+
+
+def test_the_host_is_told_of_a_name_server_after_what_it_is_for() -> None:
+    assert build_commands("oscbr0", IPv4Address("192.168.0.1")) == [
+        ["resolvectl", "default-route", "oscbr0", "no"],
+        ["resolvectl", "domain", "oscbr0", "~oscloud"],
+        ["resolvectl", "dns", "oscbr0", "192.168.0.1"],
+    ]
+    assert not can_find_guests()  # these tests are no service of systemd's
 
 
 def test_what_keeps_a_name_server_from_its_names_is_found() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as top:
         root = Path(top)
-        server = NameServer("oscbr0", IPv4Address("192.168.0.1"), root / "run/names/oscbr0")
+        server = NameServer("oscbr0", IPv4Interface("192.168.0.1/16"), root / "run/names/oscbr0")
         server.hosts.mkdir(parents=True)
         assert find_barrier(server) == root
         root.chmod(0o755)

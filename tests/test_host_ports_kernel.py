@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 import pytest
 from test_host_firewall import (
@@ -26,6 +26,7 @@ from test_host_firewall import (
 from test_host_network_kernel import BRIDGE, in_namespace, ip
 
 from oscloudd.errors import HostError, InUseError, InvalidArgumentError
+from oscloudd.host.network.connections import end_connections_of, end_forwarded
 from oscloudd.host.network.port_rules import (
     EVERYWHERE,
     Forward,
@@ -271,3 +272,56 @@ def test_what_the_kernel_refuses_is_an_error() -> None:
     set_route_localnet("nothing", on=True)
     with pytest.raises(HostError):
         asyncio.run(apply_forwards([forward(LOOPBACK, 8080, 99999)], []))
+
+
+@contextmanager
+def open_flows() -> Iterator[tuple[Guest, Guest]]:
+    """Give a guest and a machine of the world whose packets go on to it, though no rule says so."""
+    with firewalled(NETWORKS) as (one, _, world):
+        one.ask("bind udp 53")
+        apply(forward(EVERYWHERE, 5353, 53, "udp"), forward(EVERYWHERE, 5354, 53, "udp"))
+        for port, host_port in ((7000, 5353), (7001, 5354)):
+            world.ask(f"bind udp {port}")
+            world.ask(f"send-from {port} {HOST_OUTSIDE} {host_port} first")
+            assert one.ask("receive 53") == f"first {WORLD}"
+        apply()
+        world.ask(f"send-from 7000 {HOST_OUTSIDE} 5353 later")
+        assert one.ask("receive 53") == f"later {WORLD}"
+        yield one, world
+
+
+def next_arrived(one: Guest) -> str:
+    """Give what has arrived at the guest, or what the host sends it now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        host.sendto(b"nothing", (ONE, 53))
+    return one.ask("receive 53").split()[0]
+
+
+@in_namespace
+def test_a_flow_by_a_port_that_is_deleted_is_ended_and_no_other() -> None:
+    with open_flows() as (one, world):
+        for port, address, guest_port in ((5353, LOOPBACK, 53), (5353, EVERYWHERE, 54)):
+            assert end_forwarded("udp", address, port, GUEST, guest_port) == 0
+        assert end_forwarded("tcp", EVERYWHERE, 5353, GUEST, 53) == 0
+        assert end_forwarded("udp", IPv4Address(HOST_OUTSIDE), 5353, GUEST, 53) == 1
+        assert end_forwarded("udp", EVERYWHERE, 5353, GUEST, 53) == 0
+        world.ask(f"send-from 7000 {HOST_OUTSIDE} 5353 ended")
+        assert next_arrived(one) == "nothing"
+        world.ask(f"send-from 7001 {HOST_OUTSIDE} 5354 open")
+        assert one.ask("receive 53") == f"open {WORLD}"
+
+
+@in_namespace
+def test_nothing_goes_on_to_a_guest_that_is_gone_or_comes_back_to_it() -> None:
+    with open_flows() as (one, world):
+        one.ask(f"send-from 53 {WORLD} 7009 out")
+        world.ask("bind udp 7009")
+        one.ask(f"send-from 53 {WORLD} 7009 out")
+        assert world.ask("receive 7009") == f"out {HOST_OUTSIDE}"
+        assert end_connections_of(IPv4Address(OTHER)) == 0
+        assert end_connections_of(IPv6Address("fd00:a::2")) == 0
+        assert end_connections_of(GUEST) >= 3
+        for port, host_port in ((7000, 5353), (7001, 5354)):
+            world.ask(f"send-from {port} {HOST_OUTSIDE} {host_port} ended")
+        world.ask("answer 7009")
+        assert next_arrived(one) == "nothing"

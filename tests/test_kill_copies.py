@@ -38,10 +38,22 @@ def archive(box: ZygoteBox) -> bytes:
     """An exported vm, with a kernel, that is not there any more."""
     vm = stopped(box)
     write(box, vm, 5 << 20, DATA)
+    give_data_disk(box)
     content, _answer = export(box, "vm_export", vm="web")
+    delete(box)
+    manifest, *others = without_kernel(content)
+    return build([manifest, ("kernel", b"kernel" * 99), *others])
+
+
+def give_data_disk(box: ZygoteBox) -> None:
+    box.call("disk_create", name="data", size="8M")
+    write(box, {"disk": box.call("disk_info", disk="data")["id"]}, 1 << 20, DATA)
+    box.call("disk_attach", vm="web", disk="data")
+
+
+def delete(box: ZygoteBox) -> None:
     box.call("vm_delete", vm="web")
-    manifest, disk, sums = without_kernel(content)
-    return build([manifest, ("kernel", b"kernel" * 99), disk, sums])
+    box.call("disk_delete", disk="data")
 
 
 def templates(box: ZygoteBox) -> set[str]:
@@ -76,13 +88,13 @@ def test_killed_while_importing(box: ZygoteBox, archive: bytes, at: str, when: s
         vms = box.call("vm_list")
         if vms:
             check_whole(box, vms)
-            box.call("vm_delete", vm="web")
+            delete(box)
         # Its template goes with the housekeeping that every daemon begins with.
         box.until(lambda: len(templates(box)) <= bool(vms), "housekeeping")
         assert box.traces() == {}
         take(box, archive)
         check_whole(box, box.call("vm_list"))
-        box.call("vm_delete", vm="web")
+        delete(box)
         return died
 
     assert count_deaths(kill_at) > 0 or at == "renaming"
@@ -93,15 +105,19 @@ def check_whole(box: ZygoteBox, vms: list[dict[str, Any]]) -> None:
     assert (vm["name"], vm["state"]) == ("web", "STOPPED")
     assert {vm["os"]} == templates(box)
     assert (box.root / "state/templates" / vm["os"] / "digest").exists()
-    disk = box.root / "state/disks" / str(vm["disk"]) / "disk.qcow2"
-    assert disk.stat().st_mode & 0o777 == 0o600
-    content, _answer = export(box, "disk_export", disk=vm["disk"], format="raw")
-    assert content[5 << 20 : (5 << 20) + len(DATA)] == DATA
+    data = box.call("disk_info", disk="data")
+    assert (data["vm"], data["slot"], data["kept"]) == ("web", 1, True)
+    for disk, offset in ((vm["disk"], 5 << 20), (data["id"], 1 << 20)):
+        path = box.root / "state/disks" / str(disk) / "disk.qcow2"
+        assert path.stat().st_mode & 0o777 == 0o600
+        content, _answer = export(box, "disk_export", disk=disk, format="raw")
+        assert content[offset : offset + len(DATA)] == DATA
 
 
 @matrix
 def test_killed_while_exporting(box: ZygoteBox, at: str, when: str) -> None:
     vm = stopped(box)
+    give_data_disk(box)
     settle(box)
     before = json.dumps([box.traces(), box.call("vm_info", vm="web")], default=str)
 
@@ -118,4 +134,4 @@ def test_killed_while_exporting(box: ZygoteBox, at: str, when: str) -> None:
         return died
 
     assert count_deaths(kill_at) > 0 or at in ("renaming", "durable")
-    box.call("vm_delete", vm="web")
+    delete(box)

@@ -7,6 +7,7 @@ come from the program's own table: a new one is killed here without a line being
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 from collections.abc import Callable, Iterator
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from bad_images import qcow2
 from cloud_accounts import Question, check_accounted, settle, settle_or_die, tail
 from daemon_process import IMAGE, LIMIT_SECONDS
 from daemon_zygote import ZygoteBox
 from dying_daemon import Death
+from test_rpc_layers import fill_up
+from test_rpc_templates import send
 
 from oscloudd.cloud.layers import MAX_LAYERS
 from oscloudd.cloud.operations import OPERATIONS
@@ -40,10 +44,11 @@ class Case:
     """One operation on the vm `web`: what is asked, of which vm, and which outcomes there are.
 
     `method` names the operation, too. `disk` is where the disk `data` is before it: attached, free,
-    or not there. `is_finished` and `is_undone` judge the vms there are by
-    name, the bystander left out, against `web` as it was before. `snapshots` are what it has of
-    them, in that order, with `memory` taken while it ran. `before_it` is an operation on `web` that
-    comes before the method's own.
+    or not there; `nic` is attached where `web` has a card in the network `lab`. `is_finished`
+    and `is_undone` judge the vms there are by name, the bystander left out, against `web` as it was
+    before. `snapshots` are what it has of them, in that order, with `memory` taken while it ran.
+    `before_it` is an operation on `web` that comes before the method's own. A vm that is `crowded`
+    stands on as many layers as it may.
     """
 
     method: str
@@ -52,9 +57,11 @@ class Case:
     is_finished: Judge
     is_undone: Judge
     disk: str | None = None
+    nic: str | None = None
     snapshots: tuple[str, ...] = ()
     memory: bool = False
     before_it: str = ""
+    crowded: bool = False
 
     @property
     def operation(self) -> str:
@@ -67,7 +74,10 @@ def is_same(now: dict[str, Any], was: dict[str, Any]) -> bool:
 
 
 def unchanged(now: dict[str, Any], was: dict[str, Any]) -> bool:
-    keys = ("id", "name", "state", "wanted_state", "pid", "ip", "disk", "disks", "plugged")
+    keys = (
+        "id", "name", "state", "wanted_state", "pid", "ip", "disk", "disks", "plugged", "nics",
+        "nics plugged",
+    )  # fmt: skip
     return is_same(now, was) and [now["web"][key] for key in keys] == [was[key] for key in keys]
 
 
@@ -107,6 +117,22 @@ def has_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
 
 def has_no_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
     return is_same(now, was) and (now["web"]["disks"], now["web"]["plugged"]) == ({}, 0)
+
+
+def has_nics(*networks: str) -> Judge:
+    """The vm has a card in each of these networks, and its qemu too if there is one."""
+
+    def judge(now: dict[str, Any], was: dict[str, Any]) -> bool:
+        web = now["web"]
+        there = tuple(nic["network"] for nic in web["nics"])
+        plugged = len(networks) - 1 if web["state"] == "RUNNING" else 0
+        return is_same(now, was) and (there, web["nics plugged"]) == (networks, plugged)
+
+    return judge
+
+
+def has_two_nics(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return runs(now, was) and has_nics("default", "lab")(now, now["web"])
 
 
 def has_larger_disk(now: dict[str, Any], was: dict[str, Any]) -> bool:
@@ -156,17 +182,25 @@ def has_copy(now: dict[str, Any], was: dict[str, Any]) -> bool:
 
 
 OFF = ("SUSPENDED", "STOPPED")
+# Operations that come before the one that is asked for, and are of use without it.
+PREPARING = ("disk_freeze", "layers_merge")
 COPYING = {"vm": "web", "name": "copy", "ip": COPY_ADDRESS}
 FIRST = {"vm": "web", "snapshot": "first"}
 CREATION = {
     "name": "web", "ip": ADDRESS, "mem_size": "64M", "disk_size": "16M", "wait": "ready",
     "publish": ["8080:80", "0.0.0.0:5353:53/udp"],
 }  # fmt: skip
+BY_CLOUD_INIT = {"image": "vendor", "mem_size": "128M", "disk_size": "64M"}
 ON_DISK = {"name": "web", "ip": ADDRESS, "mem_size": "64M", "disk": "data", "wait": "ready"}
 ON_WEB = {"vm": "web", "disk": "data"}
+IN_LAB = {"vm": "web", "network": "lab"}
+WITHOUT_LAB = {"vm": "web", "nic": "lab"}
 CASES = {
     "vm_create": Case("vm_create", CREATION, None, runs, gone),
     "vm_create warm": Case("vm_create", CREATION | {"warm": "only"}, None, runs, gone),
+    "vm_create warm, with cloud-init": Case(
+        "vm_create", CREATION | BY_CLOUD_INIT | {"warm": "only"}, None, runs, gone
+    ),
     "vm_start": Case("vm_start", {"vm": "web"}, "STOPPED", runs, unchanged),
     "vm_stop": Case("vm_stop", {"vm": "web"}, "RUNNING", is_off, unchanged),
     "vm_delete": Case("vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged),
@@ -196,6 +230,25 @@ CASES = {
         has_larger_disk,
         unchanged,
         "attached",
+    ),
+    "nic_add": Case("nic_add", IN_LAB, "RUNNING", has_nics("default", "lab"), unchanged),
+    "nic_add to a vm that is off": Case(
+        "nic_add", IN_LAB, "STOPPED", has_nics("default", "lab"), unchanged
+    ),
+    "nic_delete": Case(
+        "nic_delete", WITHOUT_LAB, "RUNNING", has_nics("default"), unchanged, nic="attached"
+    ),
+    "nic_delete of a vm that is off": Case(
+        "nic_delete", WITHOUT_LAB, "STOPPED", has_nics("default"), unchanged, nic="attached"
+    ),
+    "vm_create with two cards": Case(
+        "vm_create", CREATION | {"network": ["default", "lab"]}, None, has_two_nics, gone
+    ),
+    "vm_start with two cards": Case(
+        "vm_start", {"vm": "web"}, "STOPPED", has_two_nics, unchanged, nic="attached"
+    ),
+    "vm_delete of a vm with two cards": Case(
+        "vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged, nic="attached"
     ),
     "snapshot_create": Case(
         "snapshot_create", {"vm": "web", "name": "a"}, "RUNNING", has_snapshots("a"), unchanged
@@ -248,6 +301,15 @@ CASES = {
     "vm_clone, while it freezes": Case(
         "vm_clone", COPYING, "RUNNING", has_copy, is_alone, before_it="disk_freeze"
     ),
+    "snapshot_create, while it merges": Case(
+        "snapshot_create",
+        {"vm": "web", "name": "more"},
+        "RUNNING",
+        has_snapshots(*(f"s{number}" for number in range(1, MAX_LAYERS)), "more"),
+        unchanged,
+        before_it="layers_merge",
+        crowded=True,
+    ),
     "vm_delete with snapshots": Case(
         "vm_delete", {"vm": "web"}, "RUNNING", gone, unchanged, snapshots=("first", "second")
     ),
@@ -277,10 +339,14 @@ class Bench:
         if self.box is None:
             self.box = ZygoteBox(self._binary)
             self.box.start()
+            self.box.call("network_create", name="lab", subnet="10.77.0.0/24")
             for address in (ADDRESS, OTHER_ADDRESS, COPY_ADDRESS):
                 self._stack.enter_context(self.box.sshd_at(address))
-            shape = {name: CREATION[name] for name in ("mem_size", "disk_size")}
-            self.box.call("template_warm", template=IMAGE, **shape)
+            send(self.box, BY_CLOUD_INIT["image"], qcow2())
+            for creation in (CREATION, {**CREATION, **BY_CLOUD_INIT}):
+                shape = {name: creation[name] for name in ("mem_size", "disk_size")}
+                template = creation.get("image", IMAGE)
+                self.box.call("template_warm", template=template, **shape)
             self.bystander = self.box.create("shop", ip=OTHER_ADDRESS, wait="ready")
         return self.box
 
@@ -312,22 +378,24 @@ def others(box: ZygoteBox) -> dict[str, Any]:
     for name, vm in found.items():
         vm["snapshots"] = box.call("snapshot_list", vm=vm["id"])
         vm["disks"] = {disk["name"]: disk["size"] for disk in disks if disk["vm"] == name}
-        vm["plugged"] = count_plugged(box, vm)
+        vm["plugged"] = count_plugged(box, vm, r"data\d+-device")
+        vm["nics plugged"] = count_plugged(box, vm, r"nic\d+")
     return found
 
 
-def count_plugged(box: ZygoteBox, vm: dict[str, Any]) -> int:
+def count_plugged(box: ZygoteBox, vm: dict[str, Any], pattern: str) -> int:
     if vm["state"] != "RUNNING":
         return 0
     where = {"path": "/machine/peripheral"}
     call = {"vm": vm["id"], "command": "qom-list", "arguments": where}
-    return sum(each["name"].startswith("data") for each in box.call("vm_qemu_command", **call))
+    names = [each["name"] for each in box.call("vm_qemu_command", **call)]
+    return sum(re.fullmatch(pattern, name) is not None for name in names)
 
 
 def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     """Have `web` as the case wants it; give it as it is."""
     for vm in others(box).values():
-        if vm["name"] != "web" or case.before is None:
+        if vm["name"] != "web" or case.before is None or vm["os"] == BY_CLOUD_INIT["image"]:
             box.call("vm_delete", vm=vm["id"], force=True)
     prepare_disk(box, case)
     if case.before is None:
@@ -339,6 +407,7 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
     web = web or box.call("vm_create", **CREATION)
     prepare_snapshots(box, case, web)
     web = others(box)["web"]
+    prepare_nic(box, case, web)
     if case.disk == "attached":
         box.call("disk_attach", **ON_WEB)
     if case.before == "STOPPED":
@@ -359,6 +428,13 @@ def prepare(box: ZygoteBox, case: Case) -> dict[str, Any]:
 
 def prepare_snapshots(box: ZygoteBox, case: Case, web: dict[str, Any]) -> None:
     """Have the snapshots of `web` as the case wants them, with something written after each."""
+    if case.crowded:
+        box.call("vm_delete", vm="web", force=True)
+        vm = box.call("vm_create", **CREATION)
+        knows = "SELECT 1 FROM vm WHERE id = ? AND seed_document = ''"
+        box.until(lambda: bool(box.rows(knows, vm["id"])), "the guest's disk to know who it is")
+        fill_up(box)
+        return
     seen = web.get("snapshots", [])
     there = tuple(each["name"] for each in seen)
     kinds = {each["kind"] for each in seen} <= {"memory" if case.memory else "disk"}
@@ -373,6 +449,16 @@ def prepare_snapshots(box: ZygoteBox, case: Case, web: dict[str, Any]) -> None:
         box.call("snapshot_create", vm="web", name=name, memory=case.memory)
         box.call("vm_restart" if case.memory else "vm_start", vm="web")
         box.wait("web", "ready")
+
+
+def prepare_nic(box: ZygoteBox, case: Case, web: dict[str, Any]) -> None:
+    """Have a card of `web` in the network `lab`, or none."""
+    has_it = len(web["nics"]) > 1
+    if has_it == (case.nic == "attached"):
+        return
+    if web["state"] == "SUSPENDED":
+        box.call("vm_stop", vm="web", force=True)
+    box.call("nic_delete", **WITHOUT_LAB) if has_it else box.call("nic_add", **IN_LAB)
 
 
 def prepare_disk(box: ZygoteBox, case: Case) -> None:
@@ -530,7 +616,7 @@ def judge(
     finished = case.is_finished(now, was)
     assert finished or case.is_undone(now, was), (now, was, jobs)
     assert finished or not must_be_finished, (now, was, jobs)
-    jobs = [job for job in jobs if job != ("disk_freeze", "DONE", "")]
+    jobs = [job for job in jobs if job[:2] not in [(kind, "DONE") for kind in PREPARING]]
     # The rename of a database that never came to know of it has no job; nor has any other.
     expected = [(case.method, "DONE", "")] if finished else []
     is_told = may_fail and [job[:2] for job in jobs] == [(case.method, "FAILED")]

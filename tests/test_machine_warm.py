@@ -348,9 +348,10 @@ def test_a_recipe_has_what_makes_the_hardware_and_nothing_of_one_machine() -> No
     ]  # fmt: skip
     others = {key(dataclasses.replace(SPEC, **change)) for change in changes}
     others |= {
-        key(with_tap=False), key(binary={**BINARY, "size_bytes": 2}), key(contents={"disk": "x"})
+        key(with_tap=False), key(with_seed=True), key(contents={"disk": "x"}),
+        key(binary={**BINARY, "size_bytes": 2}),
     }  # fmt: skip
-    assert len(others - {key()}) == len(changes) + 3
+    assert len(others - {key()}) == len(changes) + 4
 
 
 def test_a_binary_is_known_by_its_file(tmp_path: Path) -> None:

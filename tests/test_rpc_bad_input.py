@@ -318,6 +318,8 @@ BY_KEY: list[tuple[str, str, dict[str, Any]]] = [
     ("disk_resize", "disk", {"size": "1G"}),
     ("disk_attach", "vm", {"disk": "data"}),
     ("disk_detach", "vm", {"disk": "data"}),
+    ("nic_add", "vm", {"network": "default"}),
+    ("nic_delete", "vm", {"nic": 1}),
     ("network_info", "network", {}),
     ("network_delete", "network", {}),
     ("vm_create", "network", FINE),
@@ -332,7 +334,7 @@ def test_an_unknown_id_or_name_is_not_found(
         error = refusal(box, method, **{**others, parameter: key})
         assert (error.code, error.kind) == NOT_FOUND, key
         assert "-list" in error.data["hint"]
-    for wrong in (None, True, 1.5, [], {}, [1]):
+    for wrong in (None, True, 1.5, [], {}, [[1]]):
         error = refusal(box, method, **{**others, parameter: wrong})
         assert (error.code, error.kind) == INVALID, wrong
         assert parameter in error.message

@@ -5,6 +5,7 @@ import subprocess
 from typing import Any
 
 from daemon_process import Box
+from test_rpc_ports import route_localnet
 
 
 def ruleset(box: Box) -> str:
@@ -112,6 +113,43 @@ def test_a_guest_whose_bridge_somebody_has_removed_is_on_it_again(box: Box) -> N
     assert box.call("vm_info", vm="web")["pid"] == web["pid"]
     box.until(lambda: ports_of(box) == {"osctap0": web["mac"]}, "its bridge port")
     assert box.call("vm_info", vm="web")["state"] == "RUNNING"
+
+
+def test_a_bridge_that_somebody_removes_under_running_vms_is_put_back(box: Box) -> None:
+    ip = ["ip", "-n", box.namespace]
+
+    def show(*words: str) -> str:
+        return subprocess.run([*ip, *words], check=True, capture_output=True, text=True).stdout
+
+    box.call("network_create", name="lab", subnet="10.20.0.0/24")
+    web, db = box.create("web", publish=["8080:80"]), box.create("db")
+    off, lab = box.create("off", network="lab"), box.create("lab", network="lab")
+    box.call("vm_stop", vm="off", force=True)
+    there, rules = ports_of(box), ruleset(box)
+    addresses = [
+        line.split()[3] for line in show("-o", "address", "show", "dev", "oscbr0").splitlines()
+    ]
+    for _ in range(2):
+        show("link", "delete", "oscbr0")
+        box.until(lambda: ports_of(box) == there, "the ports of its bridge")
+        box.until(lambda: route_localnet(box) == "1", "the way from loopback")
+        shown = show("-o", "address", "show", "dev", "oscbr0")
+        assert all(address in shown for address in addresses if not address.startswith("fe80"))
+        known = show("neighbour", "show", "dev", "oscbr0", "nud", "permanent")
+        for vm in (web, db):
+            assert {vm["ip"], vm["ip6"]} <= set(known.split())
+        assert sorted(ruleset(box).splitlines()) == sorted(rules.splitlines())
+    warned = box.rows("SELECT data FROM event WHERE kind = 'warning' AND name = 'oscbr0'")
+    assert len(warned) == 2
+    # Where nobody is, it comes with the next start.
+    box.call("vm_stop", vm="lab", force=True)
+    show("link", "delete", "oscbr1")
+    show("link", "delete", "oscbr0")
+    box.until(lambda: set(ports_of(box)) == {"osctap0", "osctap1"}, "the ports of its bridge")
+    assert "oscbr1" not in show("link", "show")
+    assert box.call("vm_start", vm="off")["ip"] == off["ip"]
+    assert off["mac"] in ports_of(box).values()
+    assert lab["mac"] not in ports_of(box).values()
 
 
 OTHERS = {

@@ -19,17 +19,21 @@ GATEWAY = "192.168.0.1"
 # Prints the address behind a name, or the number of the error (RFC 1035 section 4.1.1).
 ASK = """
 import socket, struct, sys
+family = socket.AF_INET6 if sys.argv[3] == "28" else socket.AF_INET
 labels = b"".join(bytes([len(each)]) + each.encode() for each in sys.argv[2].split("."))
-question = struct.pack("!6H", 1, 0x100, 1, 0, 0, 0) + labels + struct.pack("!BHH", 0, 1, 1)
+question = struct.pack("!6H", 1, 0x100, 1, 0, 0, 0) + labels
+question += struct.pack("!BHH", 0, int(sys.argv[3]), 1)
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
     client.settimeout(20)
     client.connect((sys.argv[1], 53))
     client.send(question)
     answer = client.recv(512)
 count = struct.unpack_from("!H", answer, 6)[0]
-print(socket.inet_ntoa(answer[-4:]) if count else answer[3] & 15)
+size = 16 if family == socket.AF_INET6 else 4
+print(socket.inet_ntop(family, answer[-size:]) if count else answer[3] & 15)
 """
-NOT_FOUND, NOBODY = "3", ""
+NOT_FOUND, NOTHING, NOBODY = "3", "0", ""
+A, AAAA = "1", "28"
 
 
 @pytest.fixture
@@ -47,9 +51,11 @@ def box(fake_qemu_binary: Path) -> Iterator[Box]:
         box.close()
 
 
-def ask(box: Box, name: str, gateway: str = GATEWAY) -> str:
+def ask(box: Box, name: str, gateway: str = GATEWAY, kind: str = A) -> str:
     command = ["ip", "netns", "exec", box.namespace, sys.executable, "-I", "-c", ASK]
-    done = subprocess.run([*command, gateway, name], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, gateway, name, kind], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
 
@@ -66,12 +72,18 @@ def test_names_come_change_and_go_with_vms(box: Box) -> None:
     assert box.call("network_info", network="default")["dns"] == [GATEWAY]
     for name in ("my-web.oscloud", "my-web", "MY-WEB.oscloud"):
         until_answer(box, name, web["ip"])
+        assert ask(box, name, kind=AAAA) == web["ip6"]
     assert ask(box, "other.oscloud") == NOT_FOUND
     other = box.create("other")
     until_answer(box, "other.oscloud", other["ip"])
     box.call("vm_rename", vm="My_Web", name="shop")
     until_answer(box, "shop.oscloud", web["ip"])
+    assert ask(box, "shop.oscloud", kind=AAAA) == web["ip6"]
     assert ask(box, "my-web.oscloud") == NOT_FOUND
+    box.call("network_create", name="lab", subnet6="none", dns=[])
+    single = box.create("single", network="lab")
+    box.until(lambda: ask(box, "single.oscloud", single["gateway"]) == single["ip"], "its name")
+    assert ask(box, "single.oscloud", single["gateway"], AAAA) == NOTHING
     box.call("vm_stop", vm="shop", force=True)
     assert ask(box, "shop.oscloud") == web["ip"]
     box.call("vm_delete", vm="shop")
@@ -164,6 +176,22 @@ def test_one_whose_network_a_dead_daemon_was_deleting_is_ended(box: Box) -> None
     with ended(int((directory / "pid").read_text())):
         box.start()
     assert not directory.exists()
+
+
+def test_one_started_with_other_options_is_replaced(box: Box) -> None:
+    vm = box.create("web")
+    box.end(signal.SIGKILL)
+    first = server(box)
+    command = Path(f"/proc/{first}/cmdline").read_text().split("\0")[:-1]
+    with ended(first):
+        os.kill(first, signal.SIGTERM)
+    # As the version before this one started it.
+    older = [option for option in command if "dhcp" not in option]
+    subprocess.run(["ip", "netns", "exec", box.namespace, *older], check=True)
+    with ended(server(box)):
+        box.start()
+    until_answer(box, "web.oscloud", vm["ip"])
+    assert Path(f"/proc/{server(box)}/cmdline").read_text().split("\0")[:-1] == command
 
 
 @contextmanager

@@ -19,7 +19,8 @@ def bridges(box: Box) -> dict[str, str]:
     return {
         link["ifname"]: link["addr_info"][0]["local"]
         for link in json.loads(shown)
-        if link.get("linkinfo", {}).get("info_kind") == "bridge"
+        # One that is being removed has lost them already.
+        if link.get("linkinfo", {}).get("info_kind") == "bridge" and link["addr_info"]
     }
 
 
@@ -126,6 +127,12 @@ BAD = [
     ({"subnet": "192.168.0.0/24"}, "in_use", "overlaps network 'default'"),
     ({"subnet": "192.168.7.0/24"}, "in_use", "overlaps network 'default'"),
     ({"subnet": "10.99.0.0/16"}, "in_use", "overlaps a route of this host, 10.99.7.0/24 to lo"),
+    ({"subnet6": "10.20.0.0/24"}, "invalid_argument", "subnet6 '10.20.0.0/24' is not an IPv6"),
+    ({"subnet6": "fd00::1/64"}, "invalid_argument", "has host bits set"),
+    ({"subnet6": "fd00::/48"}, "invalid_argument", "not a /64 within fc00::/7"),
+    ({"subnet6": "2001:db8::/64"}, "invalid_argument", "not a /64 within fc00::/7"),
+    ({"subnet6": ""}, "invalid_argument", "subnet6 '' is not an IPv6 network"),
+    ({"subnet6": "fd00:99::/64"}, "in_use", "overlaps a route of this host, fd00:99::/56 to lo"),
     ({"name": "default"}, "already_exists", "network 'default' already exists"),
     ({"name": "7"}, "invalid_argument", "name '7'"),
     ({"name": "a b"}, "invalid_argument", "name 'a b'"),
@@ -142,6 +149,12 @@ def test_what_can_not_be_is_refused_and_leaves_nothing(box: Box) -> None:
     subprocess.run(
         ["ip", "-n", box.namespace, "route", "add", "10.99.7.0/24", "dev", "lo"], check=True
     )
+    subprocess.run(
+        ["ip", "-n", box.namespace, "route", "add", "fd00:99::/56", "dev", "lo"], check=True
+    )
+    drawn = box.call("network_info", network="default")["subnet6"]
+    error = refusal(box, "network_create", name="lab", subnet6=drawn)
+    assert (error.kind, "overlaps network 'default'" in error.message) == ("in_use", True)
     for params, kind, words in BAD:
         error = refusal(box, "network_create", **{"name": "lab", **params})
         assert (error.kind, words in error.message) == (kind, True), (params, error.message)

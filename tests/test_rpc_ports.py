@@ -187,3 +187,37 @@ def test_what_is_not_there_is_not_found(shared_box: Box) -> None:
         publish=["8080:80", "0.0.0.0:8080:81"],
     )  # fmt: skip
     assert "given twice" in error.message
+
+
+# Sends to a port of this host from another one, and prints what the kernel keeps of that.
+FLOW = """
+import socket, sys
+from oscloudd.host.network.connections import list_connections
+numbers = list(map(int, sys.argv[1:]))
+for own, port in zip(numbers[::2], numbers[1::2]):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.bind(("127.0.0.1", own))
+        sender.sendto(b"", ("127.0.0.1", port))
+for each in list_connections(4):
+    if each.is_redirected:
+        print(each.original.target_port, each.reply.source)
+"""
+
+
+def flows(box: Box, *sent: tuple[int, int]) -> set[tuple[int, str]]:
+    """Send to ports of this host, each from another one, and give what is open and leads where."""
+    command = ["ip", "netns", "exec", box.namespace, sys.executable, "-c", FLOW]
+    numbers = [str(number) for pair in sent for number in pair]
+    shown = subprocess.run([*command, *numbers], capture_output=True, text=True, check=True).stdout
+    return {(int(port), guest) for port, guest in map(str.split, shown.splitlines())}
+
+
+def test_what_is_open_by_a_port_ends_with_it_and_with_its_vm(box: Box) -> None:
+    vm = box.create("web", publish=["5353:53/udp", "5354:54/udp"])
+    other = box.create("other", publish=["5355:55/udp"])
+    opened = {(port, vm["ip"]) for port in (5353, 5354)} | {(5355, other["ip"])}
+    assert flows(box, (7001, 5353), (7002, 5354), (7003, 5355)) == opened
+    box.call("port_delete", port="5353/udp")
+    assert flows(box) == opened - {(5353, vm["ip"])}
+    box.call("vm_delete", vm="web", force=True)
+    assert flows(box) == {(5355, other["ip"])}

@@ -1,6 +1,7 @@
 """Vms that become templates, over the socket; and a daemon killed in it."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from daemon_zygote import ZygoteBox
 from dying_daemon import Death
 from test_kill_matrix import ask_to_die, count_deaths, wait_for_death
 from test_rpc_exports import export, stopped, write
-from test_rpc_templates import last_job, small_disk
+from test_rpc_templates import GOOD, last_job, send, small_disk
 from test_rpc_vm_copies import build, take, without_kernel
 
 DATA = b"written by the guest".ljust(1 << 16, b".")
@@ -65,6 +66,32 @@ def test_a_vm_becomes_a_template(box: Box) -> None:
     with pytest.raises(RpcError) as used:
         box.call("template_delete", template="mine")
     assert used.value.kind == "in_use"
+
+
+def test_a_vm_with_cloud_init_becomes_a_template(box: Box) -> None:
+    send(box, "vendor", GOOD, firmware="uefi")
+    shape = {"mem_size": "128M", "disk_size": "64M"}
+    vm = box.create("web", image="vendor", **shape)
+    box.call("vm_stop", vm="web", force=True)
+    write(box, vm, 5 << 20, DATA)
+    box.call("vm_publish", vm="web", template="mine")
+    info = box.call("template_info", template="mine")
+    assert (info["state"], info["identity"]) == ("READY", "cloud-init")
+    declared = (box.root / "state/templates/mine/template.toml").read_text()
+    assert 'firmware = "uefi"' in declared
+    assert templates(box)["mine"] == {"digest", "disk.qcow2", "template.toml"}
+    new = box.create("blog", image="mine", **shape)
+    seed = (box.root / "state/disks" / str(new["disk"]) / "seed.iso").read_bytes()
+    # Another instance, with a machine-id of its own, that lets in nobody of the first one's.
+    assert new["uuid"].encode() in seed
+    assert re.search(rb"machine_id=[0-9a-f]{32}", seed)
+    assert b"forget_access=1" in seed
+    first = (box.root / "state/disks" / str(vm["disk"]) / "seed.iso").read_bytes()
+    assert b"machine_id=''" in first
+    assert b"forget_access=''" in first
+    with pytest.raises(RpcError) as refused:
+        box.call("template_warm", template="mine", mem_size="128M")
+    assert "each of its disks is somebody's already" in refused.value.message
 
 
 def test_what_can_not_be_published_is_refused(box: Box) -> None:

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from bad_images import qcow2
 from cloud_accounts import check_accounted, settle
 from daemon_process import IMAGE, RpcError
 from spare_box import MEM_SIZE, SpareBox
+from test_rpc_templates import send
 
 ADDRESS = "192.168.7.7"
 TRIES = 12
@@ -82,3 +84,19 @@ def test_a_spare_that_does_not_quit_is_ended_with_its_daemon(fake_qemu_binary: P
         assert len(box.qemus()) == 2
         box.restart(pool=0)
         check_accounted(box)
+
+
+def test_none_is_made_of_an_image_with_cloud_init(fake_qemu_binary: Path) -> None:
+    with open_box(fake_qemu_binary) as box:
+        send(box, "vendor", qcow2())
+        shape = {"image": "vendor", "mem_size": "128M", "disk_size": "64M"}
+        box.call("template_warm", template="vendor", mem_size="128M", disk_size="64M")
+        box.restart(pool=1)
+        # The image used last is one that a spare, which has no seed yet, could not begin with.
+        vm = box.create("web", ip=ADDRESS, wait="ready", warm="only", **shape)
+        assert vm["started"] == "warm"
+        box.call("vm_delete", vm="web", force=True)
+        vm = box.create("shop", ip=ADDRESS, wait="ready", image=IMAGE)
+        assert "take" in vm["timings"]
+        box.until(lambda: box.count_spares() == 1, "a spare again")
+        assert "no spare clone of" not in box.log()

@@ -174,6 +174,25 @@ def test_an_image_for_uefi_gets_firmware_and_variables_of_its_own(box: Box) -> N
     assert not variables.parent.exists()
 
 
+@pytest.mark.parametrize(
+    ("params", "kind", "words"),
+    [
+        ({}, "invalid_state", "network default has name servers of its own, and then no DHCP"),
+        ({"user_data": "#cloud-config"}, "invalid_argument", "plain has none"),
+    ],
+)
+def test_what_an_image_that_asks_by_dhcp_can_not_have(
+    box: Box, params: dict[str, Any], kind: str, words: str
+) -> None:
+    assert send(box, "plain", RAW, identity="dhcp")["identity"] == "dhcp"
+    before = box.traces()
+    with pytest.raises(RpcError) as refused:
+        box.create("web", image="plain", mem_size="128M", **params)
+    assert refused.value.kind == kind
+    assert words in refused.value.message
+    assert box.traces() == before
+
+
 def machine_of(vm: dict[str, Any]) -> str:
     argv = Path(f"/proc/{vm['pid']}/cmdline").read_text().split("\0")
     return argv[argv.index("-machine") + 1]
@@ -519,6 +538,7 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"url": "http://h/x", "format": "vmdk"}, "format"),
     ({"url": "http://h/x", "os": "a\nb"}, "os"),
     ({"size": 1, "file_name": "a\x7fb"}, "file_name"),
+    ({"size": 1, "identity": "serial"}, "identity"),
     ({"size": 1, "os": "x" * 256}, "longer than 255"),
     *(({"size": 1, "name": name}, "name") for name in (
         "", ".", "..", "../x", "a/b", ".hidden", "12", "a b", "ä", "x" * 64, "a\n",

@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
+from ipaddress import IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def tables(path: Path) -> set[str]:
 def test_a_file_of_version_1_is_taken_over(old_file: Path) -> None:
     vm, job, network = read(Database(old_file), lambda: (Vm.get(), Job.get(), Network.get()))
     assert (network.name, network.isolated, network.nat) == ("default", False, True)
+    assert IPv6Network(network.subnet6).subnet_of(IPv6Network("fd00::/8"))
+    assert not vm.dual_stack
     assert (vm.id, vm.name, vm.qemu_pid, vm.started_at) == (3, "web", 4711, 1795565078.5)
     assert (job.id, job.state, job.stage) == (7, "RUNNING", "booting")
     assert (job.step, job.params, job.attempts, job.error_kind) == (0, "{}", 1, "")
@@ -239,7 +242,9 @@ def test_mariadb_gets_the_same_tables(url: str, mariadb: MariaDb) -> None:
         assert read(Database(Path("unused"), url), version) == NEWEST
     name = url.split("/")[3].partition("?")[0]
     found = mariadb.query("SHOW TABLES", database=name)
-    expected = {"disk", "event", "job", "layer", "meta", "network", "port", "snapshot", "vm"}
+    expected = {
+        "disk", "event", "job", "layer", "meta", "network", "nic", "port", "snapshot", "vm",
+    }  # fmt: skip
     assert {table for (table,) in found} == expected
     collations = mariadb.query(
         "SELECT DISTINCT engine, table_collation FROM information_schema.tables"
@@ -301,7 +306,7 @@ def test_a_first_start_on_mariadb_may_be_cut_short_anywhere(
         wanted = wanted or found
         assert found == wanted, done[-1:]
         number = min(number, len(done)) - _STRIDE
-    assert len(wanted) == 9
+    assert len(wanted) == 10
 
 
 def make_version_1(mariadb: MariaDb, name: str) -> None:
@@ -312,6 +317,7 @@ def make_version_1(mariadb: MariaDb, name: str) -> None:
         "DROP TABLE layer",
         "DROP TABLE event",
         "DROP TABLE port",
+        "DROP TABLE nic",
         "DELETE FROM meta WHERE name <> 'schema_version'",
         "UPDATE meta SET value = '1'",
         "ALTER TABLE job DROP step, DROP params, DROP attempts, DROP error_kind",
@@ -347,7 +353,7 @@ def test_a_migration_of_mariadb_may_be_cut_short_anywhere_and_keeps_copies(
         assert len(versions) <= 1
         whole = {version + table for version in versions for table in (*before, "meta", "event")}
         # Tables without a row yet, which the last ones had made before it was cut short.
-        later = ("layer", "snapshot", "port")
+        later = ("layer", "snapshot", "port", "nic")
         begun = {version + table for version in versions for table in later}
         assert between - begun == whole
         found = {name: text for name, text in found.items() if name not in between}

@@ -59,6 +59,12 @@ class Host:
         while self.attempt("systemctl", "is-active", unit).returncode:
             assert time.monotonic() < deadline, self.run("systemctl", "status", "oscloudd")
 
+    def wait_for_answer(self, *argv: str, words: set[str]) -> None:
+        """Wait until a program prints these words; what it shows is done on the side."""
+        deadline = time.monotonic() + WATCHDOG_LIMIT_SECONDS
+        while not words <= set(self.attempt(*argv).stdout.split()):
+            assert time.monotonic() < deadline, self.attempt(*argv).stdout
+
     def install(self) -> str:
         return self.run("apt-get", "install", "--yes", "--reinstall", PACKAGE)
 
@@ -170,6 +176,8 @@ def test_ports_and_names_work_as_confined_as_it_is(host: Host, web: dict[str, An
     unit = "oscloud-names-oscbr0.service"
     assert host.run("systemctl", "is-active", unit) == "active"
     assert str(web["ip"]) in host.ssh("web", "nslookup web.oscloud")
+    asked = "udhcpc -i eth0 -n -q -t 10 -s /bin/true 2>&1"
+    assert f"lease of {web['ip']} obtained" in host.ssh("web", asked)
     pid = host.show(unit, "MainPID")
     host.run("systemctl", "restart", "oscloudd")
     host.run("systemctl", "kill", "--signal=KILL", "oscloudd")
@@ -177,6 +185,27 @@ def test_ports_and_names_work_as_confined_as_it_is(host: Host, web: dict[str, An
     host.run("oscloudctl", "vm-list")
     assert host.show(unit, "MainPID") == pid
     host.run("oscloudctl", "port-delete", "2222", "80")
+
+
+def test_the_host_finds_guests_by_name(host: Host, web: dict[str, Any]) -> None:
+    assert web["ip6"] is not None
+    # A sysctl that it may set, as confined as it is.
+    assert host.run("cat", "/proc/sys/net/ipv6/conf/all/forwarding") == "1"
+    for way in ("made", "removed", "resolved restarted"):
+        if way == "removed":
+            host.run("ip", "link", "delete", "oscbr0")
+        if way == "resolved restarted":
+            host.run("systemctl", "restart", "systemd-resolved")
+        for database, key in (("ahostsv4", "ip"), ("ahostsv6", "ip6")):
+            host.wait_for_answer("getent", database, "web.oscloud", words={web[key]})
+        assert host.run("resolvectl", "default-route", "oscbr0").split()[-1] == "no", way
+    assert host.attempt("getent", "hosts", "nobody.oscloud").returncode == 2
+    doctor = json.loads(host.run("oscloudctl", "daemon-doctor", "--json"))
+    names = next(check for check in doctor["checks"] if check["check"] == "names")
+    assert "this host finds them" in names["message"]
+    host.run("sh", "-c", "oscloudctl vm-ssh-config >/root/.ssh/config")
+    assert host.run("ssh", "web.oscloud", "hostname") == "web"
+    host.run("rm", "/root/.ssh/config")
 
 
 def test_the_doctor_says_that_limits_do_not_hold_here(host: Host) -> None:

@@ -20,6 +20,7 @@ def test_they_are_these() -> None:
 def test_what_is_downloaded_is_checked_and_boots_by_itself(name: str) -> None:
     declaration = read_declaration(DECLARED[name])
     source = declaration.source
+    assert declaration.guest.takes_ipv6
     if source.kind != "download":
         assert (DECLARED[name] / "build").is_file()
         return

@@ -196,6 +196,10 @@ class Rig:
         return output
 
     async def _identity(self, number: int) -> GuestIdentity:
+        # One of two is told what a daemon without IPv6 would tell it.
+        address6, gateway6 = (
+            (f"fd00:77::{number:x}/64", "fd00:77::1") if number % 2 == 0 else ("", "")
+        )
         return GuestIdentity(
             hostname=f"vm{number}",
             address=f"192.168.77.{number}",
@@ -207,6 +211,8 @@ class Rig:
             authorized_keys=(self.key.with_suffix(".pub").read_text().strip(),),
             host_key=await make_host_key(self.root),
             machine_id=make_machine_id(),
+            address6=address6,
+            gateway6=gateway6,
         )
 
     async def _launch(

@@ -6,7 +6,7 @@ keep what a client does not read for as long as it likes.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -175,36 +175,28 @@ class Connection(asyncio.BufferedProtocol):
             await self._wait_for_input(end)
         return line
 
-    async def receive(self, size_bytes: int) -> AsyncIterator[bytes]:
-        """Ask the client for what follows its request and give it, `size_bytes` in all.
+    def begin_body(self) -> None:
+        """Take nothing that comes from now on for a request.
 
-        Nothing else is read from this connection afterwards: what a client has still to send when
-        the work fails must never be taken for requests of its own. Raises UnavailableError when the
-        client ends, or says nothing for long, before that is all.
+        What a client has still to send when the work fails is none.
         """
         self.is_last_answer = True
-        self.write_line(b'{"jsonrpc":"2.0","method":"send","params":{"size":%d}}' % size_bytes)
-        left = size_bytes
-        while left:
-            while not self._input:
-                await self._wait_for_body(size_bytes - left, size_bytes)
-            chunk = bytes(self._input[:left])
-            del self._input[: len(chunk)]
-            left -= len(chunk)
-            self._adjust_reading()
-            yield chunk
 
-    async def _wait_for_body(self, received_bytes: int, size_bytes: int) -> None:
-        so_far = f"{received_bytes} of {size_bytes} bytes"
-        if self._input_ended:
-            raise UnavailableError(f"the file ended after {so_far}", hint="send it again")
-        seconds = self.limits.body_seconds
-        try:
-            await self._wait_for_input(self._loop.time() + seconds)
-        except BadLineError as error:
-            raise UnavailableError(
-                f"the client sent nothing for {seconds:g} s, after {so_far}"
-            ) from error
+    async def read_some(self, most_bytes: int) -> bytes:
+        """Give what there is, at least one byte; b"" at the end of input.
+
+        Raises UnavailableError when the client says nothing for long.
+        """
+        while not self._input and not self._input_ended:
+            seconds = self.limits.body_seconds
+            try:
+                await self._wait_for_input(self._loop.time() + seconds)
+            except BadLineError as error:
+                raise UnavailableError(f"the client sent nothing for {seconds:g} s") from error
+        chunk = bytes(self._input[:most_bytes])
+        del self._input[: len(chunk)]
+        self._adjust_reading()
+        return chunk
 
     async def discard_input(self, seconds: float) -> None:
         """Read on without looking, so that a client in the middle of a line sees our answer."""

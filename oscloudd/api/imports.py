@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 from oscloudd.api.params import TemplateImportParams, VmImportParams
 from oscloudd.cloud.template_files import check_template_name
 from oscloudd.cloud.template_making import ImportRequest
+from oscloudd.cloud.vm_archive import MAX_ARCHIVE_BYTES
 from oscloudd.cloud.vm_import import VmImportRequest
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.checksums import parse_checksum
@@ -18,14 +19,16 @@ _MAX_WORDS_LENGTH = 255
 
 def build_import(params: TemplateImportParams) -> ImportRequest:
     """Check what can be checked without looking at anything; raises InvalidArgumentError."""
-    if (params.url is None) == (params.size is None):
+    if [params.url is not None, params.size is not None, params.pieces].count(True) != 1:
         raise InvalidArgumentError(
-            "an image comes from its url, or is sent by the caller with its size: give one of them",
+            "an image comes from its url, or is sent by the caller with its size, or in pieces: "
+            "give one of them",
             parameter="url",
         )
     source = _words(params.file_name, "file_name")
     if params.url is None:
-        _check_size(params)
+        _check_bytes(params.size, MAX_SIZE_BYTES)
+        _check_waits(params)
     else:
         _check_address(params.url)
         source = params.url
@@ -34,17 +37,23 @@ def build_import(params: TemplateImportParams) -> ImportRequest:
         name=check_template_name(params.name),
         source=source or "a file",
         url=params.url or "",
-        size_bytes=params.size or 0,
+        size_bytes=params.size,
         expected=None if checksum is None else parse_checksum(checksum, parameter="sha256"),
         format=params.format,
         os=_words(params.os, "os") or params.name,
         firmware=params.firmware,
+        identity=params.identity,
     )
 
 
 def build_vm_import(params: VmImportParams) -> VmImportRequest:
     """Check what can be checked without looking at anything; raises InvalidArgumentError."""
-    _check_bytes(params.size)
+    if (params.size is None) != params.pieces:
+        raise InvalidArgumentError(
+            "a vm is sent by the caller with its size, or in pieces: give one of them",
+            parameter="size",
+        )
+    _check_bytes(params.size, MAX_ARCHIVE_BYTES)
     return VmImportRequest(
         source=_words(params.file_name, "file_name") or "the file",
         size_bytes=params.size,
@@ -54,13 +63,14 @@ def build_vm_import(params: VmImportParams) -> VmImportRequest:
     )
 
 
-def _check_bytes(size: int) -> None:
-    if not 0 < size <= MAX_SIZE_BYTES:
-        raise InvalidArgumentError(f"size {size} is not between 1 byte and 1 TiB", parameter="size")
+def _check_bytes(size: int | None, most: int) -> None:
+    if size is not None and not 0 < size <= most:
+        raise InvalidArgumentError(
+            f"size {size} is not between 1 byte and {most >> 40} TiB", parameter="size"
+        )
 
 
-def _check_size(params: TemplateImportParams) -> None:
-    _check_bytes(params.size or 0)
+def _check_waits(params: TemplateImportParams) -> None:
     if not params.wait:
         raise InvalidArgumentError(
             "the caller has to stay until its file is there",

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from oscloudd.api.bodies import receive_body
 from oscloudd.api.caller import Caller
 from oscloudd.api.imports import build_import, build_vm_import
-from oscloudd.api.networks import build_network
+from oscloudd.api.networks import build_network, build_nics
 from oscloudd.api.params import (
     DiskCreateParams,
     DiskExportParams,
@@ -21,6 +22,8 @@ from oscloudd.api.params import (
     JobWaitParams,
     NetworkCreateParams,
     NetworkParams,
+    NicAddParams,
+    NicDeleteParams,
     Params,
     PortAddParams,
     PortListParams,
@@ -56,13 +59,16 @@ from oscloudd.cloud.cloud import Cloud
 from oscloudd.cloud.disks import DiskRequest
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.port_specs import parse_name, parse_spec
+from oscloudd.cloud.taken import NicRequest
 from oscloudd.cloud.template_files import check_template_name
+from oscloudd.cloud.vm_archive import MAX_ARCHIVE_BYTES
 from oscloudd.cloud.vm_clone import CloneRequest
 from oscloudd.cloud.vm_create import MAX_CPUS, VmRequest
 from oscloudd.cloud.vms import VmSettings
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.guest.readiness import Sign
 from oscloudd.guest.seed import check_user_data
+from oscloudd.host.image_header import MAX_SIZE_BYTES
 from oscloudd.host.keys import check_public_key
 from oscloudd.units import check_name, parse_rate, parse_size
 
@@ -240,6 +246,15 @@ async def _vm_qemu_command(cloud: Cloud, params: VmQemuCommandParams, _caller: C
     return await cloud.vms.qemu_command(params.vm, params.command, params.arguments)
 
 
+async def _nic_add(cloud: Cloud, params: NicAddParams, caller: Caller) -> object:
+    request = NicRequest(params.network, params.ip)
+    return await cloud.nics.add(params.vm, request, _order(caller))
+
+
+async def _nic_delete(cloud: Cloud, params: NicDeleteParams, caller: Caller) -> object:
+    return await cloud.nics.delete(params.vm, params.nic, _order(caller))
+
+
 async def _port_add(cloud: Cloud, params: PortAddParams, _caller: Caller) -> object:
     return await cloud.ports.add(params.vm, parse_spec(params.port, parameter="port"))
 
@@ -280,7 +295,7 @@ async def _vm_export(cloud: Cloud, params: VmParams, caller: Caller) -> object:
 
 async def _vm_import(cloud: Cloud, params: VmImportParams, caller: Caller) -> object:
     request = build_vm_import(params)
-    body = caller.connection.receive(request.size_bytes)
+    body = receive_body(caller.connection, request.size_bytes, MAX_ARCHIVE_BYTES)
     return await cloud.importer.take(request, body, _order(caller))
 
 
@@ -299,7 +314,9 @@ async def _template_download(cloud: Cloud, params: TemplateJobParams, caller: Ca
 
 async def _template_import(cloud: Cloud, params: TemplateImportParams, caller: Caller) -> object:
     request = build_import(params)
-    body = None if request.url else caller.connection.receive(request.size_bytes)
+    body = None
+    if not request.url:
+        body = receive_body(caller.connection, request.size_bytes, MAX_SIZE_BYTES)
     return await cloud.templates.take(request, body, _order(caller, wait=params.wait))
 
 
@@ -389,6 +406,8 @@ METHODS: dict[str, Method] = {
     "network_delete": Method(
         NetworkParams, lambda cloud, params, _: cloud.network_maker.delete(params.network)
     ),
+    "nic_add": Method(NicAddParams, _nic_add),
+    "nic_delete": Method(NicDeleteParams, _nic_delete),
     "port_add": Method(PortAddParams, _port_add),
     "port_list": Method(
         PortListParams, lambda cloud, params, _: cloud.ports.list(params.vm), is_list=True
@@ -430,16 +449,17 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
             parameter="disk",
         )
     disk_size = "10G" if params.disk_size is None else params.disk_size
+    first_nic, *other_nics = build_nics(params.network, params.ip)
     return VmRequest(
         name=check_name(params.name),
         image=params.image if params.image is not None else image,
-        network=params.network,
+        network=first_nic.network,
         mem_size=parse_size(params.mem_size, parameter="mem_size"),
         disk_size=parse_size(disk_size, parameter="disk_size"),
         disk=params.disk,
         cpus=params.cpus,
         ssh_keys=tuple(check_public_key(key) for key in keys),
-        ip=params.ip,
+        ip=first_nic.ip,
         password=chosen,
         user_data=check_user_data(params.user_data),
         wait=params.wait,
@@ -448,6 +468,7 @@ def build_request(params: VmCreateParams, image: str, password: str) -> VmReques
         warm=params.warm,
         publish=tuple(parse_spec(port, parameter="publish") for port in ports),
         bandwidth=_parse_bandwidth(params.bandwidth) or 0,
+        other_nics=tuple(other_nics),
     )
 
 

@@ -1,16 +1,22 @@
-"""The parameters of `network_create` turned into what the cloud is asked for."""
+"""What parameters say of networks and of cards in them, turned into what the cloud is asked for."""
 
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from oscloudd.api.params import NetworkCreateParams
 from oscloudd.cloud.network_making import NetworkRequest
+from oscloudd.cloud.taken import MOST_NICS, NicRequest
 from oscloudd.errors import InvalidArgumentError
+from oscloudd.store.subnet6 import draw_subnet6
 from oscloudd.units import check_name
 
 # RFC 1918 and, for carriers, RFC 6598.
 _PRIVATE = tuple(
     map(IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"))
 )
+# RFC 4193.
+_PRIVATE6 = IPv6Network("fc00::/7")
+_PREFIX6 = 64
 _SHORTEST_PREFIX, _LONGEST_PREFIX = 8, 30
 # resolv.conf(5) takes three; some guests ask more.
 _MAX_DNS = 8
@@ -29,10 +35,37 @@ def build_network(params: NetworkCreateParams) -> NetworkRequest:
     return NetworkRequest(
         name=check_name(params.name),
         subnet=None if params.subnet is None else _parse_subnet(params.subnet),
+        subnet6=_parse_subnet6(params.subnet6),
         isolated=params.isolated,
         nat=params.nat,
         dns=tuple(_parse_server(text) for text in params.dns),
     )
+
+
+def build_nics(networks: int | str | list[int | str], ip: str | None) -> list[NicRequest]:
+    """Give the cards of a new vm, the first one first; raises InvalidArgumentError."""
+    given = networks if isinstance(networks, list) else [networks]
+    if not 1 <= len(given) <= MOST_NICS:
+        raise InvalidArgumentError(
+            f"network has {len(given)} entries: a vm has one card at least and {MOST_NICS} at most",
+            parameter="network",
+        )
+    first, *others = map(_parse_nic, given)
+    if ip is not None and first.ip is not None:
+        raise InvalidArgumentError(
+            "the first card is given two addresses",
+            hint="leave out ip, or the one with its network",
+            parameter="ip",
+        )
+    return [replace(first, ip=first.ip if ip is None else ip), *others]
+
+
+def _parse_nic(value: int | str) -> NicRequest:
+    if isinstance(value, int):
+        return NicRequest(value)
+    # No name has a comma.
+    name, option, address = value.partition(",ip=")
+    return NicRequest(name, address if option else None)
 
 
 def _parse_subnet(text: str) -> IPv4Network:
@@ -57,6 +90,28 @@ def _parse_subnet(text: str) -> IPv4Network:
             f"subnet {subnet} is not private: its addresses are others'",
             hint=f"choose one within {', '.join(map(str, _PRIVATE))}",
             parameter="subnet",
+        )
+    return subnet
+
+
+def _parse_subnet6(text: str | None) -> IPv6Network | None:
+    if text is None:
+        return draw_subnet6()
+    if text == "none":
+        return None
+    try:
+        subnet = IPv6Network(text)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"subnet6 {text!r:.60} is not an IPv6 network: {str(error)[:100]}",
+            hint='write it as "fd00:1:2:3::/64", leave it out to have one drawn, or say "none"',
+            parameter="subnet6",
+        ) from error
+    if subnet.prefixlen != _PREFIX6 or not subnet.subnet_of(_PRIVATE6):
+        raise InvalidArgumentError(
+            f"subnet6 {subnet} is not a /{_PREFIX6} within {_PRIVATE6}",
+            hint="leave it out to have one drawn",
+            parameter="subnet6",
         )
     return subnet
 

@@ -89,10 +89,11 @@ class PortParams(Params, frozen=True):
 
 
 class NetworkCreateParams(Params, frozen=True):
-    """What a new network is to be; `subnet` None is the next free one."""
+    """What a new network is to be; `subnet` None is the next free one, `subnet6` a drawn one."""
 
     name: str
     subnet: str | None = None
+    subnet6: str | None = None
     isolated: bool = False
     nat: bool = True
     dns: list[str] = []
@@ -113,17 +114,20 @@ class TemplateJobParams(TemplateParams, frozen=True):
 class TemplateImportParams(Params, frozen=True):
     """An image to make a template of: from `url`, or `size` bytes, which the daemon asks for.
 
-    `file_name` is what the sender calls it; `sha256` may be a SHA512, too.
+    With `pieces` the caller does not know how many, and sends it piece by piece. `file_name` is
+    what the sender calls it; `sha256` may be a SHA512, too.
     """
 
     name: str
     url: str | None = None
     size: int | None = None
+    pieces: bool = False
     file_name: str = ""
     sha256: str | None = None
     format: Literal["qcow2", "raw"] | None = None
     os: str = ""
     firmware: Literal["bios", "uefi"] = "bios"
+    identity: Literal["cloud-init", "dhcp"] = "cloud-init"
     wait: bool = True
 
 
@@ -136,11 +140,14 @@ class TemplateWarmParams(TemplateJobParams, frozen=True):
 
 
 class VmCreateParams(Params, frozen=True):
-    """What a new vm is to be; everything but its name has a default."""
+    """What a new vm is to be; everything but its name has a default.
+
+    It has a network card for each `network`, "NAME" or "NAME,ip=ADDRESS"; `ip` is the first one's.
+    """
 
     name: str
     image: str | None = None
-    network: Key = "default"
+    network: Key | list[Key] = "default"
     mem_size: int | str = "1G"
     disk_size: int | str | None = None
     disk: Key | None = None
@@ -155,6 +162,19 @@ class VmCreateParams(Params, frozen=True):
     warm: Literal["auto", "off", "only"] | None = None
     publish: str | list[str] = []
     bandwidth: int | str | None = None
+
+
+class NicAddParams(VmParams, frozen=True):
+    """A vm, the network of its new card, and the card's address there."""
+
+    network: Key
+    ip: str | None = None
+
+
+class NicDeleteParams(VmParams, frozen=True):
+    """A vm and one of its cards, by its slot or by its network's name."""
+
+    nic: Key
 
 
 class VmCloneParams(VmParams, frozen=True):
@@ -172,10 +192,12 @@ class VmCloneParams(VmParams, frozen=True):
 class VmImportParams(Params, frozen=True):
     """An exported vm of `size` bytes, which the daemon asks for, and what is to be different.
 
-    `file_name` is what the sender calls it.
+    With `pieces` the caller does not know how many, and sends it piece by piece. `file_name` is
+    what the sender calls it.
     """
 
-    size: int
+    size: int | None = None
+    pieces: bool = False
     file_name: str = ""
     name: str | None = None
     network: Key | None = None

@@ -1,10 +1,11 @@
 """Giving out what only one can have: names, addresses, MACs, taps, serial ports, bridges.
 
-Pure. Called inside the transaction that inserts the row; the UNIQUE constraints are the judge.
+Pure. Called inside the transaction that inserts the row; the UNIQUE constraints are the judge. An
+IPv6 address is nobody's to give out: it follows from the IPv4 one.
 """
 
 from collections.abc import Collection
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import count
 
 from oscloudd.errors import ExhaustedError, InUseError, InvalidArgumentError
@@ -34,6 +35,11 @@ def first_free_serial_port(taken: Collection[int]) -> int:
 def gateway_of(subnet: IPv4Network) -> IPv4Address:
     """Give the address of the bridge: the first of the subnet."""
     return subnet.network_address + 1
+
+
+def address6_of(subnet6: IPv6Network, subnet: IPv4Network, address: IPv4Address) -> IPv6Address:
+    """Give the IPv6 address beside an IPv4 one: the host of the same number in the other subnet."""
+    return subnet6.network_address + (int(address) - int(subnet.network_address))
 
 
 def count_addresses(subnet: IPv4Network) -> int:

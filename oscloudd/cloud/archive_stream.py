@@ -6,6 +6,7 @@ from pathlib import Path
 
 from oscloudd.cloud.vm_archive import (
     BLOCK_BYTES,
+    END,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_SUMS_BYTES,
@@ -23,15 +24,16 @@ from oscloudd.host.uploads import receive
 
 
 class ArchiveStream:
-    """Reads an archive of `size_bytes` from `body`, from its manifest to its checksums, once.
+    """Reads an archive from `body`, from its manifest to its checksums, once.
 
-    All of it raises InvalidArgumentError for what is no archive of ours, and what `body` raises.
+    `size_bytes` is None where nobody knew: the manifest tells, and from then on how far it is. All
+    of it raises InvalidArgumentError for what is no archive of ours, and what `body` raises.
     """
 
     def __init__(
         self,
         body: AsyncIterator[bytes],
-        size_bytes: int,
+        size_bytes: int | None,
         least_free_bytes: int,
         on_progress: Callable[[float], None],
     ) -> None:
@@ -41,6 +43,7 @@ class ArchiveStream:
         self._on_progress = on_progress
         self._buffer = b""
         self._read_bytes = 0
+        self._whole_bytes = 0
         self._digests: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
 
@@ -52,12 +55,13 @@ class ArchiveStream:
         self._sizes = {member.name: member.size for member in manifest.members}
         sums = build_sums(dict.fromkeys((MANIFEST, *self._sizes), "0" * 64))
         whole = archive_bytes([len(text), *self._sizes.values(), len(sums)])
-        if whole != self._size_bytes:
+        if self._size_bytes not in (None, whole):
             raise InvalidArgumentError(
                 f"it has {self._size_bytes} bytes, and {whole} by its manifest: it is cut off, or "
                 "not as it was exported",
                 hint="copy or export it again",
             )
+        self._whole_bytes = whole
         return manifest
 
     async def save(self, name: str, destination: Path) -> str | None:
@@ -72,7 +76,7 @@ class ArchiveStream:
         before = self._read_bytes
 
         def report(received_bytes: int) -> None:
-            self._on_progress((before + received_bytes) / self._size_bytes)
+            self._on_progress((before + received_bytes) / self._whole_bytes)
 
         found = await receive(
             self._chunks(size),
@@ -86,8 +90,11 @@ class ArchiveStream:
         return found.digest
 
     async def check(self) -> None:
-        """Read the last member, and compare what it says with what came."""
+        """Read the last member and the end, and compare what is said there with what came."""
         check_sums(await self._read_small(SUMS, MAX_SUMS_BYTES), self._digests)
+        end = await self._take(len(END))
+        if end != END or self._buffer or await anext(self._body, None) is not None:
+            raise InvalidArgumentError("it goes on behind its end", hint="copy or export it again")
 
     async def _read_small(self, name: str, most_bytes: int) -> bytes:
         size = await self._expect(name, None)

@@ -1,6 +1,7 @@
 """Seeing a guest through its boot: its serial port open, its identity told, and until it is ready.
 
-It is when its sshd greets and, where it has cloud-init, that has ended.
+It is when its sshd greets and, where it has cloud-init, that has ended. One that is told nothing
+but its address may have no sshd: it is when its address answers.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 from oscloudd.guest.cloud_init import wait_cloud_init
 from oscloudd.guest.dialogue import let_rest, tell_clone, tell_identity
-from oscloudd.guest.readiness import wait_ssh_banner
+from oscloudd.guest.readiness import ADDRESS, SSH, Sign, wait_sign, wait_ssh_banner
 from oscloudd.machine.console_log import trim_log
 from oscloudd.machine.telnet import TelnetServer
 
@@ -84,14 +85,18 @@ class Boot:
             await self._until_told(vm, keeping)
             held.timings["identity"] = time.monotonic() - began
         held.identified.set()
-        held.on_stage("ready", f"waiting for sshd at {vm.ip}")
+        is_told = bool(vm.host_keys)
+        sign = SSH if is_told else ADDRESS
+        held.on_stage("ready", f"waiting for {sign} at {vm.ip}")
         began = time.monotonic()
-        await self._wait_ssh(vm, may_take_longer=keeping is None)
+        await _wait_sign(vm, sign, may_take_longer=keeping is None and (is_told or not is_new))
         held.timings["banner"] = time.monotonic() - began
-        if vm_paths(self._config, vm.id, vm.disk_id).seed.exists():
+        if self._has_seed(vm) and vm.started == "cold":
             began = time.monotonic()
             await self._wait_cloud_init(vm, held, is_new=is_new)
             held.timings["cloud_init"] = time.monotonic() - began
+            if document:  # it was to begin warm
+                await self._states.record_kept(vm.id)
         await self._states.record_ready(vm.id, held.timings)
 
     async def _wait_cloud_init(self, vm: VmRecord, held: Held, *, is_new: bool) -> None:
@@ -124,7 +129,12 @@ class Boot:
     def _attend_document(
         self, vm: VmRecord, held: Held, document: str
     ) -> "asyncio.Task[None] | None":
-        """See that the guest keeps what it is told, in the background; None when it has."""
+        """See that the guest keeps what it is told, in the background; None when it has.
+
+        One that boots with a seed is told by that.
+        """
+        if self._has_seed(vm) and vm.started == "cold":
+            return None
         if document and held.keeping is None:
             keeping = self._until_kept(vm, held, document)
             held.keeping = asyncio.create_task(keeping, name=f"vm {vm.id} identity")
@@ -134,11 +144,13 @@ class Boot:
     async def _until_kept(self, vm: VmRecord, held: Held, document: str) -> None:
         """Wait until the guest's disk has its identity, and forget what it was told.
 
-        A boot that finds none asks for it: the first one, and that of a clone which ended before
-        it had kept what it was told.
+        A boot that finds none asks for it, if there is no seed: the first one, and that of a clone
+        which ended before it had kept what it was told.
         """
         boot_seconds = BOOT_SECONDS if not vm.identified and vm.started == "cold" else None
-        waiting = [asyncio.create_task(self._answer(held, document, boot_seconds))]
+        waiting = []
+        if not self._has_seed(vm):
+            waiting.append(asyncio.create_task(self._answer(held, document, boot_seconds)))
         if vm.started == "warm":
             waiting.append(asyncio.create_task(self._let_rest(held)))
         try:
@@ -150,6 +162,9 @@ class Boot:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
         await self._states.record_kept(vm.id)
+
+    def _has_seed(self, vm: VmRecord) -> bool:
+        return vm_paths(self._config, vm.id, vm.disk_id).seed.exists()
 
     async def _answer(self, held: Held, document: str, boot_seconds: float | None) -> None:
         with held.qemu.console.attach_socket(with_history=True) as line:
@@ -181,16 +196,17 @@ class Boot:
             answers.cancel()
             await asyncio.gather(answers, return_exceptions=True)
 
-    async def _wait_ssh(self, vm: VmRecord, *, may_take_longer: bool) -> None:
-        while True:
-            try:
-                await wait_ssh_banner(vm.ip, timeout_seconds=BOOT_SECONDS)
-            except OperationTimeoutError:
-                # Checking a large disk may take an old guest longer; a new one has none.
-                if not may_take_longer:
-                    raise
-            else:
-                return
+
+async def _wait_sign(vm: VmRecord, sign: Sign, *, may_take_longer: bool) -> None:
+    while True:
+        try:
+            await wait_sign(vm.ip, sign, timeout_seconds=BOOT_SECONDS)
+        except OperationTimeoutError:
+            # Checking a large disk may take an old guest longer; a new one has none.
+            if not may_take_longer:
+                raise
+        else:
+            return
 
 
 async def _open_port(vm: VmRecord, held: Held) -> TelnetServer:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from oscloudd import __version__
+from oscloudd.cloud.bridge_keeping import BridgeKeeper
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.disk_attachments import DiskAttachments
@@ -26,10 +27,14 @@ from oscloudd.cloud.host_shutdown import HostShutdown
 from oscloudd.cloud.jobs import Jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.kernel_templates import KernelTemplates
+from oscloudd.cloud.layer_chains import LayerChains
+from oscloudd.cloud.layer_merging import LayerMerger
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.network_making import NetworkMaker
 from oscloudd.cloud.networks import Networks
+from oscloudd.cloud.nic_changes import NicChanges
+from oscloudd.cloud.nics import Nics
 from oscloudd.cloud.operations import Operations, count_steps
 from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.publishing import Publisher
@@ -102,20 +107,24 @@ class Cloud:
         self._rates = Rates(database)
         self.templates = Templates(config, database, self.jobs)
         self.disks = Disks(config, database, self.templates, self.jobs)
-        data_disks = DataDisks(config, database, self.templates)
+        chains = LayerChains(config, database)
+        data_disks = DataDisks(config, database, self.templates, chains)
+        nics = Nics(database, self.networks)
         self._leftovers = Leftovers(config, database, self.networks, self._firewall, self.events)
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,
             database,
             self.states,
-            self.networks,
+            nics,
             self.templates,
             user,
             self._accelerator,
             slots,
             data_disks,
+            chains,
         )
+        self._bridges = BridgeKeeper(database, self._supervisor, nics, self.ports, self.events)
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
         )
@@ -136,6 +145,7 @@ class Cloud:
             slots,
             self.events,
         )
+        merger = LayerMerger(config, database, self.templates, chains)
         steps = SnapshotSteps(
             config,
             self.states,
@@ -144,13 +154,16 @@ class Cloud:
             slots,
             suspension,
             data_disks,
+            nics,
             self.ports,
             self.names,
             self._rates,
+            merger,
         )
         operations = Operations(database, self.jobs, steps)
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
-        flattener = Flattener(config, database, self.templates, operations)
+        self.nics = NicChanges(database, operations, self._supervisor)
+        flattener = Flattener(config, self.templates, operations, chains)
         self.exports = Exports(config, database, self.templates, self.jobs, flattener)
         self.publisher = Publisher(database, self.templates, flattener)
         self._kernels = KernelTemplates(config, self.templates)
@@ -227,8 +240,8 @@ class Cloud:
         await self._leftovers.protect_foreign_ids()
         await self.networks.ensure_default()
         await self.ports.prepare()
-        await self.names.prepare()
         await self._reconciler.prepare()
+        await self.names.prepare()
 
     def start(self) -> None:
         """Take hold of what runs and keep house, in the background."""
@@ -237,6 +250,7 @@ class Cloud:
             self._firewall.keep(),
             self.ports.keep(),
             self._rates.keep(),
+            self._bridges.keep(),
             self._reconciler.run(),
             self._keep_warm(),
             self._keep_house(),
@@ -255,6 +269,7 @@ class Cloud:
         await self.ports.close()
         await self.names.close()
         self._rates.close()
+        self._bridges.close()
         await self._pool.close()
         await self._supervisor.close()
         self._firewall.close()

@@ -5,12 +5,13 @@ has it: no tool of ours opens an image that a guest has written to.
 """
 
 import asyncio
-from collections.abc import Iterable
+import shutil
 
 from oscloudd.cloud.disk_chain import check_chain, disk_chain
 from oscloudd.cloud.disk_records import DiskRecord, read_disks
+from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.templates import Templates
-from oscloudd.cloud.vm_paths import disk_file
+from oscloudd.cloud.vm_paths import disk_directory, disk_file
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.config import Config
 from oscloudd.host.images import virtual_size_bytes
@@ -24,10 +25,13 @@ from oscloudd.store.models import Disk
 class DataDisks:
     """What qemus are given of disks beside what they are launched with."""
 
-    def __init__(self, config: Config, database: Database, templates: Templates) -> None:
+    def __init__(
+        self, config: Config, database: Database, templates: Templates, chains: LayerChains
+    ) -> None:
         self._config = config
         self._database = database
         self._templates = templates
+        self._chains = chains
 
     async def equip(self, vm: VmRecord, qemu: Qemu) -> None:
         """Give a qemu that has just been launched the disks of its vm, and the root disk its size.
@@ -42,19 +46,27 @@ class DataDisks:
     async def plug(self, vm_id: int, qemu: Qemu) -> None:
         """Plug in what is not yet; raises HostError or InvalidStateError."""
         for disk in await self._database.run(lambda: read_disks(Disk.vm_id == vm_id)):
-            await self.check(disk, [])
+            await self.check(disk)
             await plug_disk(qemu, self._data_disk(disk))
 
-    async def check(self, disk: DiskRecord | VmRecord, layer_ids: Iterable[int]) -> None:
-        """Raise HostError unless a disk, or a vm's root disk, stands on these layers."""
+    async def check(self, disk: DiskRecord | VmRecord) -> None:
+        """Raise HostError unless a disk, or a vm's root disk, stands on what the rows say."""
         template = None if disk.template is None else self._templates.get_ready(disk.template)
-        chain = disk_chain(self._config, disk, template, layer_ids)
-        await asyncio.to_thread(check_chain, chain, template)
+        async with self._chains.reading(disk.layer_id) as layers:
+            chain = disk_chain(self._config, disk, template, layers)
+            await asyncio.to_thread(check_chain, chain, template)
 
     async def measure(self, disk_id: int) -> int:
         """Give how large the file of a disk says that it is, in bytes; raises HostError."""
         path = disk_file(self._config, disk_id)
         return await asyncio.to_thread(virtual_size_bytes, path, "qcow2")
+
+    async def remove_unkept(self, vm_id: int) -> None:
+        """Remove the files of the data disks that go with their vm: of an import cut short."""
+        unkept = (Disk.vm_id == vm_id) & (Disk.is_kept == 0)
+        for disk in await self._database.run_when_available(lambda: read_disks(unkept)):
+            directory = disk_directory(self._config, disk.id)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     def _data_disk(self, disk: DiskRecord) -> DataDisk:
         assert disk.slot is not None

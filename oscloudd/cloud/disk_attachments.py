@@ -13,17 +13,11 @@ from oscloudd.cloud.disk_sizes import check_disk_size
 from oscloudd.cloud.disks import DiskInfo, Disks
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.operations import Operations
-from oscloudd.cloud.states import OFF_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
-from oscloudd.cloud.vm_power import refuse
+from oscloudd.cloud.taken import get_free_slot
+from oscloudd.cloud.vm_power import check_can_plug
 from oscloudd.cloud.vm_records import VmRecord, read_vm
-from oscloudd.errors import (
-    ExhaustedError,
-    InvalidArgumentError,
-    InvalidStateError,
-    UnavailableError,
-)
-from oscloudd.machine.arguments import PORTS
+from oscloudd.errors import InvalidArgumentError, InvalidStateError, UnavailableError
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk
 from oscloudd.units import format_size
@@ -52,8 +46,8 @@ class DiskAttachments:
                 return None
             check_is_free(found)
             _check_has_no_layers(found)
-            self._check_can(vm, "given a disk", may_be_paused=True)
-            slot = _free_slot(vm)
+            check_can_plug(self._supervisor, vm, "given a disk", "disks", may_be_paused=True)
+            slot = get_free_slot(vm.id, vm.name)
             Disk.update(vm_id=vm.id, slot=slot).where(Disk.id == found.id).execute()
             return {"disk": found.id, "slot": slot}
 
@@ -77,7 +71,8 @@ class DiskAttachments:
                     hint=f"see: oscloudctl disk-info {found.name}",
                 )
             # A guest that stands still can't let go.
-            self._check_can(vm, "deprived of a disk", may_be_paused=False)
+            verb = "deprived of a disk"
+            check_can_plug(self._supervisor, vm, verb, "disks", may_be_paused=False)
             return {"disk": found.id, "slot": found.slot}
 
         await self._carry_out("disk_detach", vm.id, order, decide)
@@ -108,7 +103,8 @@ class DiskAttachments:
                     f"disk {found.name!r} has just been detached", hint="try again"
                 )
             _check_grows(found, size)
-            self._check_can(vm, "given a larger disk", may_be_paused=True)
+            verb = "given a larger disk"
+            check_can_plug(self._supervisor, vm, verb, "disks", may_be_paused=True)
             if size == found.size:
                 return None
             _write_size(found, size)
@@ -124,18 +120,6 @@ class DiskAttachments:
     async def _read(self, vm_key: int | str, disk_key: int | str) -> tuple[VmRecord, DiskRecord]:
         return await self._database.run(lambda: (read_vm(vm_key), read_disk(disk_key)))
 
-    def _check_can(self, vm: VmRecord, verb: str, *, may_be_paused: bool) -> None:
-        """Refuse what would not come to its end, before anything is written."""
-        if vm.state in OFF_STATES:
-            return
-        if vm.state == VmState.SUSPENDED:
-            refuse(vm, verb, f"its memory goes with its disks: oscloudctl vm-resume {vm.name}")
-        if vm.state == VmState.PAUSED and not may_be_paused:
-            refuse(vm, verb, f"let it go on first: oscloudctl vm-resume {vm.name}")
-        if vm.state not in (VmState.RUNNING, VmState.PAUSED):
-            refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
-        self._supervisor.get(vm)
-
 
 def _check_has_no_layers(disk: DiskRecord) -> None:
     """Refuse a disk that its last vm has made snapshots of: a port takes an overlay alone."""
@@ -144,18 +128,6 @@ def _check_has_no_layers(disk: DiskRecord) -> None:
             f"disk {disk.name!r} stands on layers of snapshots: it can't be a data disk",
             hint=f"start a vm on it: oscloudctl vm-create NAME --disk {disk.name}",
         )
-
-
-def _free_slot(vm: VmRecord) -> int:
-    taken = {slot for (slot,) in Disk.select(Disk.slot).where(Disk.vm_id == vm.id).tuples()}
-    free = set(range(1, PORTS + 1)) - taken
-    if not free:
-        raise ExhaustedError(
-            f"vm {vm.name!r} has {PORTS} data disks already, which is all it can have",
-            hint=f"detach one: oscloudctl disk-detach {vm.name} DISK",
-            resource="slot",
-        )
-    return min(free)
 
 
 def _check_grows(disk: DiskRecord, size: int) -> None:

@@ -11,7 +11,7 @@ from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.warm_files import frozen_disk
 from oscloudd.config import Config
 from oscloudd.errors import HostError
-from oscloudd.host.flatten import Layer
+from oscloudd.host.image_chain import Layer
 from oscloudd.host.image_header import read_backing_name
 
 # layers/7/disk.qcow2: what is above is the state directory, which may be another by now.
@@ -46,18 +46,42 @@ def check_chain(chain: Sequence[Layer], template: ReadyTemplate | None) -> None:
     After an older copy of the database was put back, the rows tell of a disk as it was then: its
     guest would read parts of two disks, and write what it makes of them.
     """
-    is_whole = template is not None and template.has_no_image
-    below = [layer.path for layer in chain[1:]]
-    for layer, expected in zip(chain, [*below, None], strict=True):
-        named = _read_name(layer)
-        if named is None or (named == () and is_whole and expected == below[-1]):
-            continue  # an imported vm's disk stands on nothing, whatever its template is
-        if named != (() if expected is None else _naming(expected)):
-            raise HostError(
-                f"{layer.path} stands on {'/'.join(named) or 'nothing'}, and the database says "
-                f"on {expected or 'nothing'}",
-                hint="if an older copy of the database was put back, put the newer one back",
-            )
+    top, *frozen = chain
+    _check(top, frozen[:1], stands_on_nothing=_is_whole(template) and len(frozen) == 1)
+    check_frozen(frozen, template)
+
+
+def check_frozen(chain: Sequence[Layer], template: ReadyTemplate | None) -> None:
+    """Raise HostError unless each image that nobody writes to belongs on the next. Blocks.
+
+    A layer may say that it stands on one further down. Merged with those between, it has all that
+    they have, and a daemon that died then has left their rows: read through them or not, it reads
+    the same. No other disk's is taken for it, since a layer is never made anew under its id.
+    """
+    for number, layer in enumerate(chain, 1):
+        _check(layer, chain[number:], stands_on_nothing=_is_whole(template))
+
+
+def stands_on(layer: Layer, below: Layer) -> bool:
+    """Tell whether one image says that it stands on the other; raises HostError. Blocks."""
+    return _read_name(layer) == _naming(below.path)
+
+
+def _check(layer: Layer, below: Sequence[Layer], *, stands_on_nothing: bool) -> None:
+    named = _read_name(layer)
+    expected = [_naming(each.path) for each in below] or [()]
+    if named is None or named in expected or (named == () and stands_on_nothing):
+        return
+    raise HostError(
+        f"{layer.path} stands on {'/'.join(named) or 'nothing'}, and the database says "
+        f"on {below[0].path if below else 'nothing'}",
+        hint="if an older copy of the database was put back, put the newer one back",
+    )
+
+
+def _is_whole(template: ReadyTemplate | None) -> bool:
+    # An imported vm's disk stands on nothing, whatever its template is.
+    return template is not None and template.has_no_image
 
 
 def _read_name(layer: Layer) -> tuple[str, ...] | None:

@@ -12,7 +12,9 @@ from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.templates import Templates
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
-from oscloudd.host.network.firewall import check_ruleset, find_missing_tables, is_forwarding
+from oscloudd.host.network.firewall import check_ruleset, find_missing_tables
+from oscloudd.host.network.forwarding import find_closed_sysctl
+from oscloudd.host.network.host_names import can_find_guests
 from oscloudd.host.network.other_firewalls import find_obstacles
 from oscloudd.host.resources import disk_free_bytes, memory_available_bytes, qemu_version
 from oscloudd.host.scopes import SLICE, find_missing_controllers
@@ -143,11 +145,12 @@ class Doctor:
                 f"our own nft tables are missing: {', '.join(missing)}",
                 "see the log for why they can't be put back",
             )
-        if self._firewall.is_up and not is_forwarding():
+        closed = find_closed_sysctl() if self._firewall.is_up else None
+        if closed is not None:
             return (
-                "failure",
-                "this host passes nothing on for its guests: net.ipv4.ip_forward is 0",
-                "sysctl net.ipv4.ip_forward=1, and see what sets it to 0",
+                "failure" if "ipv4" in closed else "warning",
+                f"this host does not pass on all for its guests: {closed} is 0",
+                f"sysctl {closed}=1, and see what sets it to 0",
             )
         bridges = [network.bridge for network in await self._networks.list()]
         obstacles = await find_obstacles(bridges[0])
@@ -170,7 +173,12 @@ class Doctor:
         if troubles:
             hint = "what has port 53 of the bridge? ss -lnup; what it may not read: chmod o+x"
             return "warning", f"name servers: {', '.join(troubles)}", hint
-        return "ok", "guests find each other as NAME.oscloud", ""
+        this_host = (
+            "and this host finds them"
+            if can_find_guests()
+            else "this host would with systemd-resolved: now it has vm-ssh-config"
+        )
+        return "ok", f"guests find each other as NAME.oscloud, {this_host}", ""
 
     async def _look_at_disk(self) -> tuple[Verdict, str, str]:
         free = disk_free_bytes(self._config.state_path)

@@ -5,9 +5,12 @@ client is the caller's affair.
 """
 
 import asyncio
+import shutil
 import tempfile
 from collections.abc import Coroutine
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import msgspec
@@ -18,20 +21,23 @@ from oscloudd.cloud.jobs import Job, Jobs, Order
 from oscloudd.cloud.outgoing import (
     Outgoing,
     Sink,
+    describe_disk,
     describe_vm,
     open_others,
     send_archive,
     size_of,
 )
+from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.templates import Templates
-from oscloudd.cloud.vm_archive import DISK
+from oscloudd.cloud.vm_archive import DISK, MAX_DISK_BYTES, VARIABLES
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.config import Config
-from oscloudd.errors import InUseError, InvalidArgumentError
+from oscloudd.errors import HostError, InvalidStateError
 from oscloudd.host.image_check import ImageFormat
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Vm
+from oscloudd.units import format_size
 
 T = TypeVar("T")
 
@@ -100,27 +106,21 @@ class Exports:
 
     async def vm(self, key: int | str, sink: Sink, order: Order) -> VmExported:
         """Send a vm that is down, with all that another cloud needs to run it."""
-        vm, _document = await self._database.run(lambda: _read_vm(key))
-        if self._templates.get_ready(vm.template).is_uefi:
-            raise InvalidArgumentError(
-                f"vm {vm.name!r} can't be exported: it boots by UEFI, and not from its disk alone",
-                hint="disk-export writes its disk, for template-import --firmware uefi",
-                parameter="vm",
-            )
+        vm = (await self._database.run(lambda: _read_resting_vm(key))).vm
+        self._templates.get_ready(vm.template)
         job = await self._jobs.begin("vm_export", vm.name, order)
 
         async def export() -> VmExported:
             with ExitStack() as stack:
-                image = stack.enter_context(self._nameless())
                 async with self._flattener.hold(vm.id):
-                    found, document = await self._database.run(lambda: _read_vm(vm.id))
-                    disk = await self._database.run(lambda: read_resting_disk(found.disk_id))
-                    await self._flatten(disk, image, "qcow2", job)
-                    # It may be deleted while it is sent.
-                    template = self._templates.get_ready(found.template)
-                    paths = vm_paths(self._config, found.id, found.disk_id)
-                    members = open_others(stack, template, paths) | {DISK: image}
-                manifest = describe_vm(found, document, template.declaration, members)
+                    # It may be deleted, or started, while it is sent.
+                    found = await self._database.run(lambda: _read_resting_vm(vm.id))
+                    template = self._templates.get_ready(found.vm.template)
+                    members = await self._gather(stack, found, template, job)
+                disks = [describe_disk(disk) for disk in found.data]
+                manifest = describe_vm(
+                    found.vm, found.document, template.declaration, members, disks
+                )
                 outgoing = await send_archive(job, manifest, members, sink)
             sha256 = outgoing.digest.hexdigest()
             return VmExported(vm.id, vm.name, outgoing.sent_bytes, sha256)
@@ -137,6 +137,21 @@ class Exports:
             job.interrupt()
             raise
 
+    async def _gather(
+        self, stack: ExitStack, found: "_RestingVm", template: ReadyTemplate, job: Job
+    ) -> dict[str, IO[bytes]]:
+        """Give all files of a vm, open, in the order in which they are sent."""
+        paths = vm_paths(self._config, found.vm.id, found.vm.disk_id)
+        members = open_others(stack, template, paths)
+        if template.is_uefi:
+            members[VARIABLES] = copy = stack.enter_context(self._nameless())
+            await asyncio.to_thread(_copy, paths.variables, copy)
+        for disk in (found.root, *found.data):
+            image = stack.enter_context(self._nameless())
+            await self._flatten(disk, image, "qcow2", job)
+            members[DISK if disk is found.root else describe_disk(disk).member] = image
+        return members
+
     def _nameless(self) -> IO[bytes]:
         return tempfile.TemporaryFile(dir=self._directory, buffering=0)
 
@@ -147,17 +162,38 @@ class Exports:
         await self._flattener.flatten(disk, image.fileno(), image_format, job, directory=directory)
 
 
-def _read_vm(key: int | str) -> tuple[VmRecord, str]:
-    """Read a vm, and what its guest is still to be told, in a transaction."""
+@dataclass(frozen=True)
+class _RestingVm:
+    """A vm that is down, what its guest is still to be told, and its disks, data disks by slot."""
+
+    vm: VmRecord
+    document: str
+    root: DiskRecord
+    data: list[DiskRecord]
+
+
+def _read_resting_vm(key: int | str) -> _RestingVm:
+    """Read a vm in a transaction; raises InvalidStateError unless all of it can be exported."""
     vm = read_vm(key)
     check_down(vm)
-    others = [disk.name for disk in read_disks(Disk.vm_id == vm.id)]
-    if others:
-        raise InUseError(
-            f"vm {vm.name!r} has disks that would not be in the file: {', '.join(others)}",
-            hint=f"detach them first: oscloudctl disk-detach {vm.name} {others[0]}; they are "
-            "exported one by one with disk-export",
-            disks=others,
-        )
     document: str = Vm.select(Vm.seed_document).where(Vm.id == vm.id).tuples().first()[0]
-    return vm, document
+    data = sorted(read_disks(Disk.vm_id == vm.id), key=lambda disk: disk.slot or 0)
+    root = read_resting_disk(vm.disk_id)
+    for disk in (root, *data):
+        if disk.size > MAX_DISK_BYTES:
+            raise InvalidStateError(
+                f"vm {vm.name!r} can't be exported: its disk {disk.name!r} has "
+                f"{format_size(disk.size)}, and no vm_import takes more than "
+                f"{format_size(MAX_DISK_BYTES)}",
+                hint="disk-export takes disks of any size, one by one",
+                state=vm.state,
+            )
+    return _RestingVm(vm, document, root, data)
+
+
+def _copy(source: Path, target: IO[bytes]) -> None:
+    try:
+        with source.open("rb", buffering=0) as file:
+            shutil.copyfileobj(file, target)
+    except OSError as error:
+        raise HostError(f"{source} can't be copied: {error.strerror}") from error

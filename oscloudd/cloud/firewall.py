@@ -6,19 +6,21 @@ somebody else has changed them; a vm's own elements come and go with it.
 
 import asyncio
 import logging
-from ipaddress import IPv4Address, IPv4Network
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.keeping import keep_as_it_was
+from oscloudd.cloud.nic_records import NicRecord, OwnedNic, read_owned_nics
 from oscloudd.cloud.states import VmState
-from oscloudd.cloud.table_keeping import keep_table
-from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.errors import NotFoundError
 from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
 from oscloudd.host.network.nft_events import TableEvents
-from oscloudd.host.network.ruleset import TABLE, GuestNetwork, GuestPort, build_elements
+from oscloudd.host.network.ruleset import TABLE, Element, GuestNetwork, GuestPort, build_elements
 from oscloudd.host.network.set_elements import add_elements, delete_elements
 from oscloudd.store.database import Database
-from oscloudd.store.models import Network, Vm
+from oscloudd.store.models import Network
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Firewall:
 
     async def apply(self) -> None:
         """Make the tables what the database says, whatever they are."""
-        # From the look at the rows on nobody may add or take away a vm's elements.
+        # From the look at the rows on nobody may add or take away a card's elements.
         async with self._lock:
             await self._apply()
 
@@ -56,23 +58,28 @@ class Firewall:
             await apply_ruleset(networks, ports)
         self._is_up = True
 
-    async def admit(self, vm: VmRecord) -> None:
-        """Let a vm send with its own addresses; may be called again. Raises HostError."""
+    async def admit(self, nics: Iterable[NicRecord]) -> None:
+        """Let cards send with their own addresses; may be called again. Raises HostError."""
         async with self._lock:
             try:
                 with self._changes.own_change():
-                    add_elements(build_elements(_port_of(vm)))
+                    add_elements(_elements_of(nics))
             except NotFoundError:
                 await self._apply()
 
-    async def expel(self, vm: VmRecord) -> None:
-        """Let a vm that is being deleted send nothing any more; raises HostError."""
+    async def expel(
+        self, nics: Iterable[NicRecord], forget: Callable[[], None] | None = None
+    ) -> None:
+        """Let cards send nothing any more; raises HostError.
+
+        `forget` removes their rows, in a transaction: else whoever makes the tables anew finds them
+        and lets them in again.
+        """
         async with self._lock:
-            try:
-                with self._changes.own_change():
-                    await asyncio.to_thread(delete_elements, build_elements(_port_of(vm)))
-            except NotFoundError:
-                return
+            with suppress(NotFoundError), self._changes.own_change():
+                await asyncio.to_thread(delete_elements, _elements_of(nics))
+            if forget is not None:
+                await self._database.run(forget)
 
     async def forget_gone(self) -> list[str]:
         """Take networks that have no row out of the tables, and give their bridges."""
@@ -86,7 +93,7 @@ class Firewall:
 
     async def keep(self) -> None:
         """Put the tables back whenever somebody else has changed them, until cancelled."""
-        await keep_table("the firewall", self._changes, self._put_back)
+        await keep_as_it_was("the firewall", self._changes, self._put_back)
 
     async def _put_back(self) -> None:
         if not self._is_up:
@@ -107,13 +114,17 @@ def _read_all() -> tuple[list[GuestNetwork], list[GuestPort]]:
             IPv4Network(f"{row.ip}/{row.mask}"),
             isolated=row.isolated,
             nat=row.nat,
+            subnet6=None if row.subnet6 is None else IPv6Network(row.subnet6),
         )
         for row in Network.select()
     ]
-    vms = Vm.select(Vm.tap_interface_idx, Vm.mac, Vm.ip).where(Vm.state != VmState.DELETING)
-    ports = [GuestPort(f"osctap{tap}", mac, IPv4Address(ip)) for tap, mac, ip in vms.tuples()]
-    return networks, ports
+    owned = read_owned_nics()
+    return networks, [_port_of(nic) for nic in owned if nic.vm_state != VmState.DELETING]
 
 
-def _port_of(vm: VmRecord) -> GuestPort:
-    return GuestPort(vm.tap, vm.mac, IPv4Address(vm.ip))
+def _elements_of(nics: Iterable[NicRecord]) -> list[Element]:
+    return [element for nic in nics for element in build_elements(_port_of(nic))]
+
+
+def _port_of(nic: NicRecord | OwnedNic) -> GuestPort:
+    return GuestPort(nic.tap, nic.mac, IPv4Address(nic.ip), nic.address6)

@@ -8,10 +8,11 @@ import asyncio
 import logging
 import shutil
 import time
+from pathlib import Path
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.jobs import Job
-from oscloudd.cloud.layers import layer_disk
+from oscloudd.cloud.layers import layer_disk, layer_variables
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.supervisor import Supervisor
@@ -149,7 +150,7 @@ class FirstStarts:
         for directory in (paths.disk_directory, paths.qemu_log.parent):
             directory.mkdir(parents=True, exist_ok=True)
         if template.is_uefi:
-            await asyncio.to_thread(shutil.copyfile, UEFI_VARIABLES, paths.variables)
+            await asyncio.to_thread(shutil.copyfile, self._variables_of(vm), paths.variables)
             await asyncio.to_thread(durable, paths.variables)
         if vm.is_disk_kept:  # it was there before
             return
@@ -162,6 +163,14 @@ class FirstStarts:
         elif vm.warm_image is not None:
             base, base_format = frozen_disk(self._config, vm.warm_image), "qcow2"
         await create_overlay(paths.disk, base, base_format, vm.disk_size)
+
+    def _variables_of(self, vm: VmRecord) -> Path:
+        """Give what a firmware's variables begin as: a clone's, as its original's were."""
+        if vm.layer_id is not None:
+            kept = layer_variables(self._config, vm.layer_id)
+            if kept.exists():
+                return kept
+        return UEFI_VARIABLES
 
     async def _tell_fallback(self, job: Job, vm: VmRecord, error: CloudError) -> None:
         message = "it is started cold, since its warm start failed"

@@ -2,25 +2,25 @@
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 from oscloudd.cloud.disk_chain import check_chain, disk_chain
 from oscloudd.cloud.disk_records import DiskRecord, check_is_made, read_disk
 from oscloudd.cloud.jobs import Job
-from oscloudd.cloud.layers import read_chain
+from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.operations import Operations
 from oscloudd.cloud.states import DOWN_STATES, VmState
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.config import Config
 from oscloudd.errors import ExhaustedError, InvalidStateError
-from oscloudd.host.flatten import Layer, enlarge, flatten, measure
+from oscloudd.host.flatten import enlarge, flatten
+from oscloudd.host.image_chain import OpenLayer, measure, open_chain
 from oscloudd.host.image_check import ImageFormat
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.host.users import resolve_qemu_user
-from oscloudd.store.database import Database
 from oscloudd.units import format_size
 
 
@@ -53,11 +53,11 @@ class Flattener:
     """Flattens the disks of one cloud, as qemu's user."""
 
     def __init__(
-        self, config: Config, database: Database, templates: Templates, operations: Operations
+        self, config: Config, templates: Templates, operations: Operations, chains: LayerChains
     ) -> None:
         self._config = config
-        self._database = database
         self._templates = templates
+        self._chains = chains
         self._operations = operations
         self.user = resolve_qemu_user(config.qemu.user).name
 
@@ -79,24 +79,26 @@ class Flattener:
         That file is in `directory`. Raises ExhaustedError, too, when it would fill that.
         """
         template = None if disk.template is None else self._templates.get_ready(disk.template)
-        layers = await self._database.run(lambda: read_chain(disk.layer_id))
-        chain = disk_chain(self._config, disk, template, layers)
-        await asyncio.to_thread(check_chain, chain, template)
-        job.report("flattening", disk.name)
-        await self._check_room(chain, directory)
-        await flatten(
-            chain,
-            target,
-            image_format,
-            self.user,
-            on_fraction=lambda done: job.report("flattening", disk.name, done),
-        )
+        with ExitStack() as stack:
+            async with self._chains.reading(disk.layer_id) as layers:
+                chain = disk_chain(self._config, disk, template, layers)
+                await asyncio.to_thread(check_chain, chain, template)
+                opened = stack.enter_context(open_chain(chain))
+            job.report("flattening", disk.name)
+            await self._check_room(opened, directory)
+            await flatten(
+                opened,
+                target,
+                image_format,
+                self.user,
+                on_fraction=lambda done: job.report("flattening", disk.name, done),
+            )
         top = chain[0]
         # One that was made larger has its new size in its file when a machine has had it.
         if await asyncio.to_thread(virtual_size_bytes, top.path, top.format) < disk.size:
             await enlarge(target, image_format, disk.size, self.user)
 
-    async def _check_room(self, chain: Sequence[Layer], directory: Path) -> None:
+    async def _check_room(self, chain: Sequence[OpenLayer], directory: Path) -> None:
         least = self._config.limits.min_free_disk_bytes()
         wanted, free = await measure(chain, self.user), disk_free_bytes(directory)
         if free - wanted < least:

@@ -103,7 +103,8 @@ class Keeper:
 
         async def look() -> bool | None:
             jobs = await self._states.look(running_jobs)
-            return None if any(job.vm_id == vm.id for job in jobs) else True
+            busy = any(job.vm_id == vm.id and self._operations.minds_vm(job) for job in jobs)
+            return None if busy else True
 
         what = f"the end of what is being done to vm {vm.name}"
         with suppress(OperationTimeoutError):

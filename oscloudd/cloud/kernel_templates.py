@@ -129,6 +129,7 @@ def _declare(settings: ExportedTemplate, digests: dict[str, str]) -> Declaration
             kernel=KERNEL if KERNEL in digests else "",
             initrd=INITRD if INITRD in digests else "",
             cmdline=settings.cmdline,
+            firmware=settings.firmware,
         ),
         image=Image(file=_IMAGE, format="raw"),
         min_mem_size=settings.min_mem_size,

@@ -6,6 +6,7 @@ disk, a snapshot or another layer stands on it. All that reads rows is for insid
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def layer_memory(config: Config, layer_id: int) -> Path:
     return layer_directory(config, layer_id) / "memory"
 
 
+def layer_variables(config: Config, layer_id: int) -> Path:
+    """Give the file of what a guest's firmware remembered when its disk was frozen, if any does."""
+    return layer_directory(config, layer_id) / "variables.fd"
+
+
 def remove_layers(config: Config, layer_ids: Iterable[int]) -> None:
     """Remove the files of layers; blocks. What is left of them has no row, and is swept out."""
     for layer_id in layer_ids:
@@ -53,6 +59,40 @@ def find_unneeded_layers() -> list[int]:
         needed.update(follow(top, parents))
     rows = Layer.select(Layer.id).where(Layer.whole).order_by(Layer.id.desc()).tuples()
     return [layer_id for (layer_id,) in rows if layer_id not in needed]
+
+
+def find_mergeable(layer_id: int | None) -> list[tuple[int, int]]:
+    """Give pairs of layers that may become one, in the tree that a layer is in, the lowest first.
+
+    The upper one comes first in a pair; the lower one has no name, and nothing else stands on it.
+    """
+    parents = read_parents()
+    root = follow(layer_id, parents)[-1:]
+    needed = {each for (each,) in Snapshot.select(Snapshot.layer).tuples()}
+    disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
+    needed.update(each for (each,) in disks.tuples())
+    whole = {each for (each,) in Layer.select(Layer.id).where(Layer.whole).tuples()}
+    dependants = Counter(parents.values())
+    pairs = [
+        (len(follow(upper, parents)), upper, lower)
+        for upper, lower in parents.items()
+        if lower is not None
+        and {upper, lower} <= whole
+        and lower not in needed
+        and dependants[lower] == 1
+        and follow(lower, parents)[-1:] == root
+    ]
+    return [(upper, lower) for _depth, upper, lower in sorted(pairs)]
+
+
+def record_merged(upper: int, lower: int) -> bool:
+    """Write down that the upper of a pair has all of the lower one; False if that is needed now."""
+    parents = read_parents()
+    if lower not in parents or (upper, lower) not in find_mergeable(lower):
+        return False
+    Layer.update(parent=parents[lower]).where(Layer.id == upper).execute()
+    forget_layers([lower])
+    return True
 
 
 def forget_layers(layer_ids: Iterable[int]) -> None:

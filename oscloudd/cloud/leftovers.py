@@ -11,12 +11,13 @@ import re
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.given_ids import GivenIds, read_given_ids, set_aside
 from oscloudd.cloud.networks import Networks
+from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
 from oscloudd.config import Config
 from oscloudd.errors import CloudError
@@ -40,7 +41,7 @@ _FOREIGN = (
 _STRANGE = "has a name that we never give and is left alone: remove it by hand if it is nobody's"
 _UNCLAIMED = "is no vm's of this database and is left alone: ip link delete, if it is nobody's"
 _DELETED = "is left of what was deleted from this database; the next sweep removes it"
-_Neighbour = tuple[str, IPv4Address]  # its bridge and its address
+_Neighbour = tuple[str, IPv4Address | IPv6Address]  # its bridge and its address
 
 
 @dataclass(frozen=True)
@@ -214,23 +215,21 @@ class _Rows:
 
 
 def _read_rows() -> _Rows:
-    taps = Vm.select(Vm.tap_interface_idx).tuples()
     bridges = Network.select(Network.bridge_interface_idx).tuples()
     return _Rows(
         read_given_ids(Vm),
         read_given_ids(Disk),
         read_given_ids(Layer),
-        frozenset(f"osctap{index}" for (index,) in taps),
+        frozenset(nic.tap for nic in read_owned_nics()),
         frozenset(f"oscbr{index}" for (index,) in bridges),
     )
 
 
 def _delete_unclaimed(neighbours: list[_Neighbour]) -> list[str]:
-    claims = Vm.select(Network.bridge_interface_idx, Vm.ip).join(Network).tuples()
-    claimed = {(f"oscbr{index}", ip) for index, ip in claims}
+    claimed = {(nic.bridge, address) for nic in read_owned_nics() for address in nic.addresses}
     removed = []
     for bridge, address in neighbours:
-        if (bridge, str(address)) not in claimed:
+        if (bridge, address) not in claimed:
             delete_neighbour(bridge, address)
             removed.append(f"{address} on {bridge}")
     return removed

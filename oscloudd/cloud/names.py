@@ -1,4 +1,4 @@
-"""Names of guests: each network's name server kept running, and told which guest has which name.
+"""Names of guests: each network's name server kept running, and told which guest is who.
 
 A network whose row names servers of its own has none: its guests ask those.
 """
@@ -6,24 +6,30 @@ A network whose row names servers of its own has none: its guests ask those.
 import asyncio
 import logging
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
-from ipaddress import IPv4Network
+from ipaddress import IPv4Interface, IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.nic_records import FIRST_SLOT, NicRecord
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, NotFoundError
 from oscloudd.guest.identity import hostname_of
+from oscloudd.host.network.dhcp import NamedGuest
+from oscloudd.host.network.host_names import can_find_guests, lead_to_guests
+from oscloudd.host.network.interfaces import find_index
 from oscloudd.host.network.name_server import (
     NameServer,
-    delete_name,
+    delete_guest,
     find_barrier,
     find_name_server,
     is_installed,
+    is_outdated,
     start_name_server,
-    write_name,
+    write_guest,
 )
 from oscloudd.host.processes import open_process
 from oscloudd.host.sessions import end_session
@@ -50,11 +56,14 @@ class Names:
         self._keeping: dict[str, asyncio.Task[None]] = {}
         self._servers: dict[str, NameServer] = {}
         self._answered: dict[str, asyncio.Event] = {}
+        self._host_knows: dict[str, int | None] = {}
+        self._telling: set[asyncio.Task[None]] = set()
         self.is_available = is_installed()
 
     def server(self, bridge: str, subnet: IPv4Network, *, isolated: bool = False) -> NameServer:
         """Give where a network's name server is."""
-        return NameServer(bridge, gateway_of(subnet), self._directory / bridge, isolated)
+        gateway = IPv4Interface((gateway_of(subnet), subnet.prefixlen))
+        return NameServer(bridge, gateway, self._directory / bridge, isolated)
 
     async def prepare(self) -> None:
         """Write down the names of all vms, and serve where vms run; forget who is gone."""
@@ -65,13 +74,13 @@ class Names:
                 await self.end(path.name, _NO_SUBNET)
         # One that is being deleted may have lost its name already, and would keep it.
         vms = [vm for vm in await self._database.run(read_vms) if vm.state != VmState.DELETING]
-        known = {(vm.bridge, str(vm.id)) for vm in vms}
-        for path in self._directory.glob("*/hosts/*"):
+        known = {(nic.bridge, str(vm.id)) for vm in vms for nic in vm.nics}
+        for path in (*self._directory.glob("*/hosts/*"), *self._directory.glob("*/addresses/*")):
             if (path.parent.parent.name, path.name) not in known:
                 path.unlink()
         for vm in vms:
             self.publish(vm)
-        running = {vm.bridge for vm in vms if vm.is_process_alive()}
+        running = _running_bridges(vms)
         for bridge, subnet, isolated, is_own in networks:
             if bridge in running and not is_own:
                 self._keep(self.server(bridge, subnet, isolated=isolated))
@@ -79,28 +88,40 @@ class Names:
     async def serve(self, bridge: str, subnet: IPv4Network, *, isolated: bool) -> None:
         """Have a network's name server answer, or be tried again and again behind our back."""
         if self.is_available:
-            self._keep(self.server(bridge, subnet, isolated=isolated))
+            server = self.server(bridge, subnet, isolated=isolated)
+            self._keep(server)
             await self._answered[bridge].wait()
+            self._tell_host(server)
 
     def publish(self, vm: VmRecord) -> None:
-        """Have a vm found by its name; may be called again, and after it got another name."""
-        if self.is_available:
-            write_name(self._server_of(vm), vm.id, vm.ip, hostname_of(vm.name))
+        """Have a vm found by its name in each network it is in, at its addresses there.
 
-    def forget(self, vm: VmRecord) -> None:
-        """Have a vm found by its name no longer; may be called again."""
-        delete_name(self._server_of(vm), vm.id)
+        And told that address when it asks. May be called again, and after it got another name.
+        """
+        if self.is_available:
+            for nic in vm.nics:
+                address6 = None if nic.address6 is None else str(nic.address6)
+                has_route = nic.slot == FIRST_SLOT
+                name = hostname_of(vm.name)
+                guest = NamedGuest(nic.mac, nic.ip, address6, name, has_route)
+                write_guest(self._server_of(nic), vm.id, guest)
+
+    def forget(self, vm: VmRecord, nics: Iterable[NicRecord] | None = None) -> None:
+        """Have a vm found by its name no longer, or not by these cards; may be called again."""
+        for nic in vm.nics if nics is None else nics:
+            delete_guest(self._server_of(nic), vm.id, nic.mac, nic.ip)
 
     async def close(self) -> None:
         """Leave the name servers of networks with running vms alone, and end the others."""
-        for task in self._keeping.values():
+        working = [*self._keeping.values(), *self._telling]
+        for task in working:
             task.cancel()
-        await asyncio.gather(*self._keeping.values(), return_exceptions=True)
+        await asyncio.gather(*working, return_exceptions=True)
         try:
             vms = await self._database.run(read_vms)
         except CloudError:  # then nobody can tell which are needed
             return
-        running = {vm.bridge for vm in vms if vm.is_process_alive()}
+        running = _running_bridges(vms)
         for server in self._servers.values():
             if server.bridge not in running:
                 await _end(server)
@@ -127,8 +148,17 @@ class Names:
                 troubles.append(f"that of {server.bridge} may not read below {barrier}")
         return troubles
 
-    def _server_of(self, vm: VmRecord) -> NameServer:
-        return self.server(vm.bridge, IPv4Network(f"{vm.network_ip}/{vm.network_mask}"))
+    def _tell_host(self, server: NameServer) -> None:
+        """Have the host, too, find the guests behind a bridge: once for each that is made."""
+        index = find_index(server.bridge)
+        if self._host_knows.get(server.bridge) != index and can_find_guests():
+            self._host_knows[server.bridge] = index
+            telling = asyncio.create_task(_tell_host(server), name=f"names of {server.bridge}")
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
+
+    def _server_of(self, nic: NicRecord) -> NameServer:
+        return self.server(nic.bridge, nic.subnet)
 
     def _keep(self, server: NameServer) -> None:
         if self.is_available and server.bridge not in self._keeping:
@@ -161,6 +191,8 @@ class Names:
 
     async def _until_ended(self, server: NameServer) -> None:
         """Start the name server unless an earlier daemon has, and see its end."""
+        if is_outdated(server):
+            await _end(server)
         identity = find_name_server(server)
         if identity is None:
             await start_name_server(server)
@@ -175,11 +207,22 @@ class Names:
             process.close()
 
 
+async def _tell_host(server: NameServer) -> None:
+    try:
+        await lead_to_guests(server.bridge, server.gateway)
+    except CloudError as error:
+        _log.warning("this host does not find guests by name: %s", error.message)
+
+
 async def _end(server: NameServer) -> None:
     identity = find_name_server(server)
     if identity is not None:
         with suppress(NotFoundError):
             await end_session(open_process(identity))
+
+
+def _running_bridges(vms: Iterable[VmRecord]) -> set[str]:
+    return {nic.bridge for vm in vms if vm.is_process_alive() for nic in vm.nics}
 
 
 def _read_networks() -> list[tuple[str, IPv4Network, bool, bool]]:

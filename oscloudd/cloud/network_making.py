@@ -7,19 +7,33 @@ vm in it, and what is left of it when a daemon dies in between is swept out with
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
 from oscloudd.cloud.allocation import first_free_index
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
-from oscloudd.cloud.networks import DEFAULT_NETWORK, NetworkInfo, Networks, read_network
+from oscloudd.cloud.networks import (
+    DEFAULT_NETWORK,
+    NetworkInfo,
+    NetworkRecord,
+    Networks,
+    read_network,
+    read_networks,
+)
+from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.errors import AlreadyExistsError, InUseError, InvalidArgumentError
 from oscloudd.host.network.links import numbers_in_use
-from oscloudd.host.network.routes import Route, find_next_subnet, find_overlap, list_foreign_routes
+from oscloudd.host.network.routes import (
+    Route,
+    find_next_subnet,
+    find_overlap,
+    list_foreign_routes,
+    overlaps,
+)
 from oscloudd.store.database import Database
-from oscloudd.store.models import Network, Vm
+from oscloudd.store.models import Network
 
 # So many vms are named in the error.
 _NAMED_VMS = 10
@@ -31,6 +45,7 @@ class NetworkRequest:
 
     name: str
     subnet: IPv4Network | None  # None is the next free /24
+    subnet6: IPv6Network | None  # None is none
     isolated: bool
     nat: bool
     dns: tuple[str, ...]
@@ -66,15 +81,9 @@ class NetworkMaker:
 
 
 def _insert(request: NetworkRequest, routes: list[Route]) -> None:
-    rows = Network.select(
-        Network.name, Network.ip, Network.mask, Network.bridge_interface_idx
-    ).tuples()
-    indices = numbers_in_use("oscbr")
-    taken: dict[str, IPv4Network] = {}
-    for name, ip, mask, index in rows:
-        taken[name] = IPv4Network(f"{ip}/{mask}")
-        indices.add(index)
-    if request.name in taken:
+    networks = read_networks()
+    indices = numbers_in_use("oscbr") | {network.bridge_index for network in networks}
+    if request.name in {network.name for network in networks}:
         raise AlreadyExistsError(
             f"network {request.name!r} already exists",
             hint="choose another name, or delete it: oscloudctl network-delete " + request.name,
@@ -82,13 +91,17 @@ def _insert(request: NetworkRequest, routes: list[Route]) -> None:
             name=request.name,
         )
     if request.subnet is not None:
-        _check_is_free(request.subnet, taken, routes)
-    subnet = request.subnet or find_next_subnet(taken.values(), routes)
+        _check_is_free("subnet", request.subnet, networks, routes)
+    if request.subnet6 is not None:
+        _check_is_free("subnet6", request.subnet6, networks, routes)
+    taken = [network.subnet for network in networks]
+    subnet = request.subnet or find_next_subnet(taken, routes)
     Network.create(
         name=request.name,
         ip=str(subnet.network_address),
         mask=subnet.prefixlen,
         bridge_interface_idx=first_free_index(indices),
+        subnet6=None if request.subnet6 is None else str(request.subnet6),
         dns=" ".join(request.dns),
         isolated=request.isolated,
         nat=request.nat,
@@ -98,22 +111,26 @@ def _insert(request: NetworkRequest, routes: list[Route]) -> None:
 
 
 def _check_is_free(
-    subnet: IPv4Network, taken: dict[str, IPv4Network], routes: Iterable[Route]
+    parameter: str,
+    subnet: IPv4Network | IPv6Network,
+    networks: Iterable[NetworkRecord],
+    routes: Iterable[Route],
 ) -> None:
-    for name, other in taken.items():
-        if subnet.overlaps(other):
-            raise InUseError(
-                f"subnet {subnet} overlaps network {name!r}, which has {other}",
-                hint="leave subnet out to get the next free one",
-                parameter="subnet",
-            )
+    for network in networks:
+        for other in (network.subnet, network.subnet6):
+            if other is not None and overlaps(subnet, other):
+                raise InUseError(
+                    f"{parameter} {subnet} overlaps network {network.name!r}, which has {other}",
+                    hint=f"leave {parameter} out to get a free one",
+                    parameter=parameter,
+                )
     route = find_overlap(subnet, routes)
     if route is not None:
         where = f" to {route.interface}" if route.interface else ""
         raise InUseError(
-            f"subnet {subnet} overlaps a route of this host, {route.network}{where}",
-            hint="leave subnet out to get the next free one; ip route show table all",
-            parameter="subnet",
+            f"{parameter} {subnet} overlaps a route of this host, {route.network}{where}",
+            hint=f"leave {parameter} out to get a free one; ip route show table all",
+            parameter=parameter,
         )
 
 
@@ -126,12 +143,12 @@ def _delete(key: int | str) -> int:
             hint="a vm is in it where no other network is named",
             parameter="network",
         )
-    names = [name for (name,) in Vm.select(Vm.name).where(Vm.network == network.id).tuples()]
+    names = [nic.vm for nic in read_owned_nics(network.id)]
     if names:
         more = f" and {len(names) - _NAMED_VMS} more" if len(names) > _NAMED_VMS else ""
         raise InUseError(
             f"network {network.name!r} is in use by {', '.join(names[:_NAMED_VMS])}{more}",
-            hint="delete these vms first",
+            hint="delete these vms, or these cards of theirs, first: oscloudctl nic-delete",
             vms=names,
         )
     Network.delete().where(Network.id == network.id).execute()

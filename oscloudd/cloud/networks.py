@@ -10,23 +10,26 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Interface, IPv6Network
 
 import msgspec
 
-from oscloudd.cloud.allocation import count_addresses, gateway_of
+from oscloudd.cloud.allocation import address6_of, count_addresses, gateway_of
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.names import Names
-from oscloudd.cloud.vm_records import VmRecord
+from oscloudd.cloud.nic_records import NicRecord, read_owned_nics
+from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.config import Config
+from oscloudd.errors import HostError, InvalidStateError
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
-from oscloudd.host.network.firewall import ensure_forwarding
+from oscloudd.host.network.forwarding import ensure_forwarding, ensure_forwarding6, has_ipv6
 from oscloudd.host.network.neighbours import delete_neighbour, set_neighbour
 from oscloudd.host.network.resolvers import host_resolvers
 from oscloudd.host.network.routes import find_free_subnet
 from oscloudd.store.database import Database
-from oscloudd.store.models import Network, Vm
+from oscloudd.store.models import Network
+from oscloudd.store.subnet6 import draw_subnet6
 from oscloudd.units import is_possible_id, parse_key
 
 _log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class NetworkRecord:
     id: int
     name: str
     subnet: IPv4Network
+    subnet6: IPv6Network | None
     bridge_index: int
     dns: tuple[str, ...]
     isolated: bool
@@ -56,6 +60,20 @@ class NetworkRecord:
         """The host's own address in it."""
         return str(gateway_of(self.subnet))
 
+    @property
+    def gateway6(self) -> str | None:
+        """The host's own IPv6 address in it, if it has any."""
+        if self.subnet6 is None:
+            return None
+        return str(address6_of(self.subnet6, self.subnet, gateway_of(self.subnet)))
+
+    def address6(self, ip: str) -> str:
+        """Give the IPv6 address beside `ip`, with its prefix length; "" where it has no prefix."""
+        if self.subnet6 is None:
+            return ""
+        address = address6_of(self.subnet6, self.subnet, IPv4Address(ip))
+        return f"{address}/{self.subnet6.prefixlen}"
+
 
 class NetworkInfo(msgspec.Struct, frozen=True):
     """The answer of `network_info`."""
@@ -64,6 +82,8 @@ class NetworkInfo(msgspec.Struct, frozen=True):
     name: str
     subnet: str
     gateway: str
+    subnet6: str | None  # a /64; a vm's address in it follows from its other one
+    gateway6: str | None
     mask: int
     bridge: str
     isolated: bool
@@ -88,17 +108,32 @@ def read_network(key: int | str) -> NetworkRecord:
     return _record(row)
 
 
+def read_networks() -> list[NetworkRecord]:
+    """Read every network, inside a transaction."""
+    return [_record(row) for row in Network.select().order_by(Network.id)]
+
+
 def _record(row: Network) -> NetworkRecord:
     return NetworkRecord(
         id=row.id,
         name=row.name,
         subnet=IPv4Network(f"{row.ip}/{row.mask}"),
+        subnet6=None if row.subnet6 is None else IPv6Network(row.subnet6),
         bridge_index=row.bridge_interface_idx,
         dns=tuple(row.dns.split()),
         isolated=row.isolated,
         nat=row.nat,
         created_at=row.created_at,
     )
+
+
+def takes_ipv6(template: ReadyTemplate) -> bool:
+    """Tell whether a new guest is told IPv6 addresses.
+
+    It is told none that it or this box could not use: whoever finds it by name would try that
+    first.
+    """
+    return template.declaration.guest.takes_ipv6 and has_ipv6()
 
 
 class Networks:
@@ -135,6 +170,7 @@ class Networks:
                 mask=subnet.prefixlen,
                 bridge_interface_idx=0,
                 dns=" ".join(self._config.network.dns),
+                subnet6=str(draw_subnet6()),
                 created_at=time.time(),
             )
 
@@ -151,28 +187,32 @@ class Networks:
             now = time.monotonic()
             if now - self._checked.get(network.id, -math.inf) < checked_within_seconds:
                 return
-            gateway = gateway_of(network.subnet)
-            bridge = Bridge(network.bridge, gateway, network.subnet.prefixlen)
-            await ensure_bridge(bridge)
+            await ensure_bridge(_bridge_of(network))
             if network.id not in self._known_up:
-                await asyncio.to_thread(ensure_forwarding)
+                await asyncio.to_thread(_ensure_forwarding)
                 await self._firewall.apply()
                 self._known_up.add(network.id)
             if not network.dns:
                 await self._names.serve(network.bridge, network.subnet, isolated=network.isolated)
             self._checked[network.id] = now
 
-    async def admit(self, vm: VmRecord) -> None:
-        """Have a vm's addresses known on the host, and allowed to come from its tap."""
+    async def admit(self, nics: Sequence[NicRecord]) -> None:
+        """Have cards' addresses known on the host, and allowed to come from their taps."""
         # The kernel asks for an address it does not know once a second only, and a booting guest
         # misses most of that; and an address that is fixed can't be taken over by another guest.
-        set_neighbour(vm.bridge, IPv4Address(vm.ip), vm.mac)
-        await self._firewall.admit(vm)
+        for nic in nics:
+            for address in nic.addresses:
+                set_neighbour(nic.bridge, address, nic.mac)
+        await self._firewall.admit(nics)
 
-    async def expel(self, vm: VmRecord) -> None:
-        """Forget what `admit` said of a vm that is being deleted."""
-        delete_neighbour(vm.bridge, IPv4Address(vm.ip))
-        await self._firewall.expel(vm)
+    async def expel(
+        self, nics: Sequence[NicRecord], forget: Callable[[], None] | None = None
+    ) -> None:
+        """Forget what `admit` said of cards that go, and then, in a transaction, their rows."""
+        for nic in nics:
+            for address in nic.addresses:
+                delete_neighbour(nic.bridge, address)
+        await self._firewall.expel(nics, forget)
 
     async def take_down(self, forget: Callable[[], int]) -> NetworkRecord:
         """Remove the bridge and the rules of a network.
@@ -181,7 +221,7 @@ class Networks:
         """
 
         def take_row() -> NetworkRecord:
-            records = {row.id: _record(row) for row in Network.select()}
+            records = {network.id: network for network in read_networks()}
             return records[forget()]
 
         # A network that is made meanwhile gets another bridge: this one's name is still taken.
@@ -214,10 +254,23 @@ class Networks:
             return ()
         return tuple(str(address) for address in host_resolvers())
 
+    def check_serves_dhcp(self, network: NetworkRecord) -> None:
+        """Raise InvalidStateError where nobody would tell a guest its address."""
+        if network.dns:
+            raise InvalidStateError(
+                f"network {network.name} has name servers of its own, and then no DHCP",
+                hint="choose a network made without --dns, or an image with cloud-init",
+            )
+        if not self._names.is_available:
+            raise InvalidStateError(
+                "guests of this image ask for their address by DHCP, and dnsmasq is not installed",
+                hint="apt-get install dnsmasq-base",
+            )
+
     async def list(self) -> list[NetworkInfo]:
         """Describe every network."""
         return await self._database.run(
-            lambda: [self._describe(_record(row)) for row in Network.select().order_by(Network.id)]
+            lambda: [self._describe(network) for network in read_networks()]
         )
 
     async def info(self, key: int | str) -> NetworkInfo:
@@ -225,25 +278,43 @@ class Networks:
         return await self._database.run(lambda: self._describe(read_network(key)))
 
     def _describe(self, network: NetworkRecord) -> NetworkInfo:
-        query = Vm.select(Vm.name, Vm.ip).where(Vm.network == network.id).order_by(Vm.id)
-        vms = list(query.tuples())
+        nics = read_owned_nics(network.id)
         return NetworkInfo(
             id=network.id,
             name=network.name,
             subnet=str(network.subnet),
             gateway=network.gateway,
+            subnet6=None if network.subnet6 is None else str(network.subnet6),
+            gateway6=network.gateway6,
             mask=network.subnet.prefixlen,
             bridge=network.bridge,
             isolated=network.isolated,
             nat=network.nat,
             dns=list(self.resolvers(network)),
-            addresses_used=len(vms),
-            addresses_free=count_addresses(network.subnet) - len(vms),
-            vms=[name for name, _ in vms],
-            addresses=[ip for _, ip in vms],
+            addresses_used=len(nics),
+            addresses_free=count_addresses(network.subnet) - len(nics),
+            vms=[nic.vm for nic in nics],
+            addresses=[nic.ip for nic in nics],
             rules=_describe_rules(network),
             created_at=network.created_at,
         )
+
+
+def _bridge_of(network: NetworkRecord) -> Bridge:
+    interface6 = None
+    if network.subnet6 is not None and has_ipv6():
+        interface6 = IPv6Interface(f"{network.gateway6}/{network.subnet6.prefixlen}")
+    gateway = gateway_of(network.subnet)
+    return Bridge(network.bridge, gateway, network.subnet.prefixlen, interface6)
+
+
+def _ensure_forwarding() -> None:
+    ensure_forwarding()
+    try:
+        if has_ipv6():
+            ensure_forwarding6()
+    except HostError as error:  # all that matters works without
+        _log.warning("guests reach the outside by IPv4 only: %s", error.message)
 
 
 def _describe_rules(network: NetworkRecord) -> list[str]:
@@ -253,9 +324,10 @@ def _describe_rules(network: NetworkRecord) -> list[str]:
         outside = "guests reach the outside behind the host's address; only answers come back"
     else:
         outside = "guests reach the outside under their own addresses, and are reached at them"
+    gateways = " and ".join(filter(None, (network.gateway, network.gateway6)))
     return [
         "a guest sends with its own MAC and addresses only",
-        f"guests reach each other, and of the host ping, DNS and DHCP at {network.gateway}",
+        f"guests reach each other, and of the host ping, DNS and DHCP at {gateways}",
         "guests and those of other networks don't reach each other",
         outside,
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from oscloudd.cloud.job_rows import insert_job, taken_up_again
 from oscloudd.cloud.jobs import Job, Jobs, Order
+from oscloudd.cloud.nic_steps import NicSteps
 from oscloudd.cloud.snapshot_steps import SnapshotSteps
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.cloud.vm_steps import VmSteps
@@ -31,14 +32,16 @@ class Step:
     """One step: its name is the stage users see.
 
     `cancellable`: `job_cancel` may cut it short. `holds_vm`: nothing else is done to the vm
-    meanwhile; once a step gives the vm free, those after it do, too. `only_if` names a parameter of
-    the job: there is nothing to do unless it is true.
+    meanwhile; once a step gives the vm free, those after it do, too. `minds_vm`: what becomes of
+    the vm itself meanwhile is the step's to see to. `only_if` names a parameter of the job: there
+    is nothing to do unless it is true.
     """
 
     do: Callable[[SnapshotSteps, Job], Awaitable[None]]
     says: str
     cancellable: bool = False
     holds_vm: bool = True
+    minds_vm: bool = True
     only_if: str = ""
 
     @property
@@ -81,6 +84,9 @@ _PLUGGING = Step(VmSteps.plugging, "plugging the disk in")
 _UNPLUGGING = Step(VmSteps.unplugging, "waiting for the guest to let go", cancellable=True)
 _DETACHED = Step(VmSteps.detached, "forgetting that it had the disk")
 _GROWING = Step(VmSteps.growing, "making the disk larger")
+_PLUGGING_NIC = Step(NicSteps.plugging_nic, "plugging the network card in")
+_UNPLUGGING_NIC = Step(NicSteps.unplugging_nic, "waiting for the guest to let go", cancellable=True)
+_DISMISSING = Step(NicSteps.dismissing, "forgetting that it had the card")
 _FREEZING = Step(SnapshotSteps.freezing, "making an overlay")
 _SWITCHING = Step(SnapshotSteps.switching, "freezing the disk")
 _RECORDING = Step(SnapshotSteps.recording, "writing that down")
@@ -93,6 +99,7 @@ _OVERLAY = Step(SnapshotSteps.overlay, "making an overlay")
 _PARTING = Step(SnapshotSteps.parting, "clearing up")
 _SWAPPING = Step(SnapshotSteps.swapping, "putting the disk in its place")
 _DROPPING = Step(SnapshotSteps.dropping, "removing what nothing stands on")
+_MERGING = Step(SnapshotSteps.merging, "merging layers", holds_vm=False, minds_vm=False)
 _ON_AGAIN = tuple(replace(step, only_if="runs_on") for step in (_NETWORK, _STARTING, _RUNNING))
 
 _MAKING = Operation((_DISK, _SEED, _NETWORK, _STARTING, _RUNNING, _BOOTING), VmSteps.undo_create)
@@ -114,6 +121,10 @@ OPERATIONS: dict[str, Operation] = {
     "disk_attach": Operation((_PLUGGING,), VmSteps.undo_attach, owns_state=False),
     "disk_detach": Operation((_UNPLUGGING, _DETACHED), VmSteps.undo_detach, owns_state=False),
     "disk_resize": Operation((_GROWING,), VmSteps.undo_resize, owns_state=False),
+    "nic_add": Operation((_PLUGGING_NIC,), NicSteps.undo_add_nic, owns_state=False),
+    "nic_delete": Operation(
+        (_UNPLUGGING_NIC, _DISMISSING), NicSteps.undo_delete_nic, owns_state=False
+    ),
     "vm_clone": _MAKING,
     "disk_freeze": _KEEPING,
     "snapshot_create": _KEEPING,
@@ -121,7 +132,8 @@ OPERATIONS: dict[str, Operation] = {
         (_OVERLAY, replace(_STOPPING, cancellable=False), _PARTING, _SWAPPING, *_ON_AGAIN),
         SnapshotSteps.undo_restore,
     ),
-    "snapshot_delete": Operation((_DROPPING,), _leave),
+    "snapshot_delete": Operation((_DROPPING, _MERGING), _leave),
+    "layers_merge": Operation((_MERGING,), _leave),
 }
 
 
@@ -184,6 +196,12 @@ class Operations:
     def holds_vm(self, row: JobRow) -> bool:
         """Tell whether the step that an unfinished job is at holds its vm."""
         return OPERATIONS[row.kind].steps[int(row.step)].holds_vm
+
+    def minds_vm(self, row: JobRow) -> bool:
+        """Tell whether what becomes of its vm is for an unfinished job to see to."""
+        operation = OPERATIONS.get(row.kind)
+        following = () if operation is None else operation.steps[int(row.step) :]
+        return operation is None or any(step.minds_vm for step in following)
 
     async def resume(
         self, row: JobRow, lock: asyncio.Lock, *, is_held: bool = True

@@ -11,6 +11,7 @@ from typing import IO
 import msgspec
 
 from oscloudd import __version__
+from oscloudd.cloud.disk_records import DiskRecord
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.template_files import Declaration, ReadyTemplate
 from oscloudd.cloud.vm_archive import (
@@ -20,6 +21,7 @@ from oscloudd.cloud.vm_archive import (
     MANIFEST,
     SEED,
     SUMS,
+    ExportedDisk,
     ExportedTemplate,
     ExportedVm,
     Manifest,
@@ -101,7 +103,7 @@ async def send_archive(
 
 
 def open_others(stack: ExitStack, template: ReadyTemplate, paths: VmPaths) -> dict[str, IO[bytes]]:
-    """Open what a vm needs besides its disk, by member; raises HostError."""
+    """Open what a vm needs besides its disks and is never written to; raises HostError."""
     seed = paths.seed if paths.seed.exists() else None
     files = {KERNEL: template.kernel, INITRD: template.initrd, SEED: seed}
     try:
@@ -114,8 +116,18 @@ def open_others(stack: ExitStack, template: ReadyTemplate, paths: VmPaths) -> di
         raise HostError(f"{error.filename} can't be read: {error.strerror}") from error
 
 
+def describe_disk(disk: DiskRecord) -> ExportedDisk:
+    """Give what the manifest says of a data disk."""
+    assert disk.slot is not None
+    return ExportedDisk(disk.slot, disk.name, disk.size)
+
+
 def describe_vm(
-    vm: VmRecord, document: str, declaration: Declaration, members: dict[str, IO[bytes]]
+    vm: VmRecord,
+    document: str,
+    declaration: Declaration,
+    members: dict[str, IO[bytes]],
+    disks: list[ExportedDisk],
 ) -> Manifest:
     """Give the manifest of a vm whose guest is still to be told `document`, "" for nothing."""
     return Manifest(
@@ -128,6 +140,9 @@ def describe_vm(
                 "identified": bool(vm.identified),
                 "seed_document": document,
                 **{name: getattr(vm, name) for name in _SAME},
+                "nics": [
+                    {"network": nic.network, "ip": nic.ip, "mac": nic.mac} for nic in vm.other_nics
+                ],
             },
             ExportedVm,
         ),
@@ -138,7 +153,9 @@ def describe_vm(
             identity=declaration.guest.identity,
             login_prompt=declaration.guest.login_prompt,
             min_mem_size=declaration.min_mem_size,
+            firmware=declaration.boot.firmware,
         ),
+        disks=disks,
         members=[Member(name, size_of(file)) for name, file in members.items()],
     )
 

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
@@ -17,12 +18,13 @@ from peewee import Expression
 
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
+from oscloudd.cloud.keeping import keep_as_it_was
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.port_specs import HostPort, PortName, PortSpec
 from oscloudd.cloud.states import VmState
-from oscloudd.cloud.table_keeping import keep_table
 from oscloudd.cloud.vm_records import VmRecord, read_vm
 from oscloudd.errors import CloudError, InUseError, InvalidArgumentError, InvalidStateError
+from oscloudd.host.network.connections import end_connections_of, end_forwarded
 from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.port_rules import EVERYWHERE, TABLE, Forward, apply_forwards
 from oscloudd.host.ports import find_port_holder, hold_port
@@ -97,7 +99,7 @@ class Ports:
 
     async def keep(self) -> None:
         """Put the rules back whenever somebody else has changed them, until cancelled."""
-        await keep_table("the table of forwarded ports", self._rules, self._put_back)
+        await keep_as_it_was("the table of forwarded ports", self._rules, self._put_back)
 
     @asynccontextmanager
     async def reserving(self, specs: Sequence[PortSpec]) -> AsyncIterator[None]:
@@ -154,8 +156,13 @@ class Ports:
         return info
 
     async def forget(self, vm: VmRecord) -> None:
-        """Forward nothing to a vm that is being removed; may be called again."""
+        """Forward nothing to a vm that is being removed; may be called again.
+
+        Nothing that was open from or to it goes on, to whoever has its addresses next.
+        """
         await self._forget(lambda: Port.vm == vm.id)
+        for address in (address for nic in vm.nics for address in nic.addresses):
+            await _end_connections(partial(end_connections_of, address))
 
     async def _forget(self, choose: Callable[[], Expression]) -> Sequence[PortInfo]:
         """Remove what `choose` gives in a transaction, and let go of it; give what it was."""
@@ -173,6 +180,10 @@ class Ports:
             self._let_go([_host_port(info) for info in infos])
         if infos or self._is_behind:
             await self.sync()
+        for info in infos:
+            host, guest = _host_port(info), IPv4Address(info.guest_address)
+            open_to = (host.protocol, host.address, host.port, guest, info.guest_port)
+            await _end_connections(partial(end_forwarded, *open_to))
         return infos
 
     async def _hold(self, host: HostPort, taken: Collection[HostPort]) -> socket.socket | None:
@@ -220,6 +231,14 @@ def insert_ports(vm_id: int, vm_name: str, specs: Sequence[PortSpec]) -> None:
             created_at=time.time(),
         )
         _tell(vm_id, vm_name, str(spec), "added")
+
+
+async def _end_connections(end: Callable[[], int]) -> None:
+    """End connections; without, they go on until they end by themselves."""
+    try:
+        await asyncio.to_thread(end)
+    except CloudError as error:
+        _log.warning("%s", error.message)
 
 
 def _in_use(host: HostPort, holder: str | None) -> InUseError:

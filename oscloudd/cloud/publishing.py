@@ -1,7 +1,7 @@
 """Publishing a vm: its disk becomes the image of a template, and each vm of that is somebody else.
 
 The identity is not taken out of the image, which can't be done from outside: a vm is told at its
-first boot that it has another.
+first boot that it has another, and to cloud-init it is a new instance.
 """
 
 import asyncio
@@ -9,6 +9,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 from typing import IO
+
+import msgspec
 
 from oscloudd.cloud.flattening import Flattener, check_down, read_resting_disk
 from oscloudd.cloud.jobs import Job, JobInfo, Order
@@ -44,10 +46,12 @@ class Publisher:
         """
         vm = await self._database.run(lambda: _read_vm(key))
         template = self._templates.get_ready(vm.template)
-        if template.declaration.guest.identity != "serial" or template.kernel is None:
+        told_by = template.declaration.guest.identity
+        if told_by != "cloud-init" and (told_by != "serial" or template.kernel is None):
             raise InvalidArgumentError(
                 f"vm {vm.name!r} can't become a template: its copies would not ask who they are",
-                hint="this is for vms that boot with a kernel of their template's, as debian_12's",
+                hint="this is for vms with cloud-init, and for those with a kernel of their "
+                "template's, as debian_12's",
                 parameter="vm",
             )
         return await self._templates.publish(name, partial(self._fill, vm.id), order)
@@ -68,7 +72,8 @@ class Publisher:
             description=f"published from vm {vm.name}",
             os=said.os,
             source=Source(kind="publish"),
-            guest=said.guest,
+            # Its hooks have left what they do on the disk.
+            guest=msgspec.structs.replace(said.guest, commands=[], files={}),
             boot=boot,
             image=Image(file=DISK),
             min_mem_size=said.min_mem_size,
@@ -98,5 +103,6 @@ def _copy_boot(template: ReadyTemplate, making: Path) -> Boot:
             except OSError as error:
                 raise HostError(f"{path} can't be copied: {error.strerror}") from error
             copied[name] = name
-    cmdline = template.declaration.boot.cmdline
-    return Boot(copied.get(KERNEL, ""), copied.get(INITRD, ""), cmdline)
+    boot = template.declaration.boot
+    kernel, initrd = copied.get(KERNEL, ""), copied.get(INITRD, "")
+    return Boot(kernel, initrd, boot.cmdline, boot.firmware)

@@ -4,13 +4,13 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from oscloudd.cloud.table_keeping import keep_table
+from oscloudd.cloud.keeping import keep_as_it_was
+from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.errors import HostError
 from oscloudd.host.network.links import numbers_in_use
 from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.rates import TABLE, apply_rates
 from oscloudd.store.database import Database
-from oscloudd.store.models import Vm
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Rates:
 
     async def keep(self) -> None:
         """Put the limits back whenever somebody else has changed them, until cancelled."""
-        await keep_table("the table of bandwidths", self._changes, self._put_back)
+        await keep_as_it_was("the table of bandwidths", self._changes, self._put_back)
 
     async def _put_back(self) -> None:
         if self._applied:
@@ -60,5 +60,4 @@ def _limit_taps(rates: Sequence[tuple[int, int]]) -> dict[str, int]:
 
 
 def _read_rates() -> list[tuple[int, int]]:
-    query = Vm.select(Vm.tap_interface_idx, Vm.bandwidth).where(Vm.bandwidth > 0)
-    return list(query.tuples())
+    return [(nic.tap_index, nic.bandwidth) for nic in read_owned_nics() if nic.bandwidth]

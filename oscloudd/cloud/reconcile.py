@@ -16,6 +16,7 @@ from oscloudd.cloud.disks import forget_interrupted
 from oscloudd.cloud.job_rows import JobState, finish_job, insert_job, running_jobs
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
+from oscloudd.cloud.nic_records import forget_nic
 from oscloudd.cloud.operations import OPERATIONS, Operations, count_steps
 from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, VmState, WantedState
 from oscloudd.cloud.supervisor import Supervisor
@@ -98,9 +99,10 @@ class Reconciler:
                 self._see_dead(vm, boot, jobs)
         if is_new_boot:
             for vm in read_vms():
-                start = None if vm.id in jobs else self._after_boot(vm)
+                is_minded = any(map(self._operations.minds_vm, jobs.get(vm.id, [])))
+                start = None if is_minded else self._after_boot(vm)
                 if start is not None:
-                    jobs[vm.id] = [start]
+                    jobs.setdefault(vm.id, []).append(start)
         Meta.replace(name=_BOOT, value=boot).execute()
         return [vm.id for vm in vms], jobs
 
@@ -155,7 +157,8 @@ class Reconciler:
         finally:
             if is_lock_ours:
                 lock.release()
-        if not any(OPERATIONS[row.kind].owns_state for row in jobs):
+        minding = [row for row in jobs if self._operations.minds_vm(row)]
+        if not any(OPERATIONS[row.kind].owns_state for row in minding):
             self._keeper.consider(vm_id)
 
     async def _judge_in_time(self, vm: VmRecord, *, is_busy: bool) -> None:
@@ -198,23 +201,25 @@ class Reconciler:
 
 
 def _end_without_qemus(vms: list[VmRecord], jobs: dict[int, list[JobRow]]) -> None:
-    """End what was being done to the disks of machines that are no more; take it out of `jobs`."""
+    """End plugging in and out of machines that are no more; take it out of `jobs`."""
     for vm in vms:
         if vm.id in jobs and not vm.is_process_alive():
             rows = jobs.pop(vm.id)
             for row in rows:
                 if not OPERATIONS[row.kind].owns_state:
-                    _end_disk_job(row)
+                    _end_plug_job(row)
             if left := [row for row in rows if OPERATIONS[row.kind].owns_state]:
                 jobs[vm.id] = left
 
 
-def _end_disk_job(row: JobRow) -> None:
-    # The rows say what the next machine gets, but for a disk that the guest was to let go of.
+def _end_plug_job(row: JobRow) -> None:
+    # The rows say what the next machine gets, but for what the guest was to let go of.
     params = msgspec.json.decode(row.params)
     undoing = params.get("undoing")
     if row.kind == ("disk_detach" if undoing is None else "disk_attach"):
         detach_disk(params["disk"], row.vm_id)
+    if row.kind == ("nic_delete" if undoing is None else "nic_add"):
+        forget_nic(params["nic"])
     if undoing is None:
         finish_job(row.id, JobState.DONE)
     else:

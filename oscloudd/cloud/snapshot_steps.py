@@ -18,16 +18,16 @@ from oscloudd.cloud.layers import (
     forget_layers,
     layer_disk,
     layer_memory,
-    read_chain,
+    layer_variables,
     remove_layers,
 )
+from oscloudd.cloud.nic_steps import NicSteps
 from oscloudd.cloud.states import LIVE_STATES, VmState, WantedState
 from oscloudd.cloud.suspended_files import SuspendedFiles
 from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_states import write_state
-from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.errors import CloudError, HostError
-from oscloudd.host.images import create_overlay, durable, publish
+from oscloudd.host.images import copy_steady, create_overlay, durable, publish
 from oscloudd.machine.live_disk import overlay_node, switch_disk, top_node
 from oscloudd.machine.suspend import let_go_on
 from oscloudd.store.models import Disk, Layer, Snapshot
@@ -35,7 +35,7 @@ from oscloudd.store.models import Disk, Layer, Snapshot
 _log = logging.getLogger(__name__)
 
 
-class SnapshotSteps(VmSteps):
+class SnapshotSteps(NicSteps):
     """What can be done to a vm, and to what its disk stands on."""
 
     # Freezing
@@ -43,7 +43,7 @@ class SnapshotSteps(VmSteps):
     async def freezing(self, job: Job) -> None:
         """Give the disk's file its second name, and make the overlay that is to take the first."""
         vm, layer_id = await self._get(job), job.params["layer"]
-        await self._disks.check(vm, await self._states.look(lambda: read_chain(vm.layer_id)))
+        await self._disks.check(vm)
         await asyncio.to_thread(_link, self._paths(vm).disk, layer_disk(self._config, layer_id))
         await self._make_next(vm, layer_id, vm.disk_size)
 
@@ -52,8 +52,12 @@ class SnapshotSteps(VmSteps):
         await self._supervisor.get(await self._get(job)).pause()
 
     async def switching(self, job: Job) -> None:
-        """Have the overlay for the disk, in its qemu too if the vm has one."""
+        """Keep what its firmware remembers, and have the overlay for the disk, in its qemu too if
+        the vm has one.
+        """
         vm, layer_id = await self._get(job), job.params["layer"]
+        kept = layer_variables(self._config, layer_id)
+        await asyncio.to_thread(_keep_variables, self._paths(vm).variables, kept)
         await asyncio.to_thread(_put_in_place, self._paths(vm).next_disk, self._paths(vm).disk)
         qemu = self._supervisor.find(vm.id)
         if qemu is not None:
@@ -148,9 +152,12 @@ class SnapshotSteps(VmSteps):
     # Restoring
 
     async def overlay(self, job: Job) -> None:
-        """Make the overlay on a snapshot's layer that is to be the disk."""
-        vm = await self._get(job)
-        await self._make_next(vm, job.params["layer"], job.params["size"])
+        """Make the overlay on a snapshot's layer that is to be the disk, and what goes with it."""
+        vm, layer_id = await self._get(job), job.params["layer"]
+        await self._make_next(vm, layer_id, job.params["size"])
+        kept = layer_variables(self._config, layer_id)
+        if kept.exists():
+            await asyncio.to_thread(copy_steady, kept, self._paths(vm).next_variables)
 
     async def parting(self, job: Job) -> None:
         """See the end of the vm's qemu, and drop what it was suspended with."""
@@ -158,13 +165,15 @@ class SnapshotSteps(VmSteps):
         await self._suspension.drop(await self._get(job))
 
     async def swapping(self, job: Job) -> None:
-        """Put the overlay in the disk's place, and the snapshot's memory beside it if it has any.
+        """Put the overlay in the disk's place, and what the snapshot has besides with it: the
+        firmware's variables, the memory.
 
         The overlay is there since an earlier step: where it is missing, it is in its place.
         """
         vm, layer_id = await self._get(job), job.params["layer"]
         paths = self._paths(vm)
         await asyncio.to_thread(_put_in_place, paths.next_disk, paths.disk)
+        await asyncio.to_thread(_put_in_place, paths.next_variables, paths.variables)
         if job.params["resumes"]:
             saved = SuspendedFiles(layer_memory(self._config, layer_id))
             await asyncio.to_thread(SuspendedFiles(paths.suspended).take, saved)
@@ -181,10 +190,13 @@ class SnapshotSteps(VmSteps):
         if job.step > _SWAPPED:
             await self.undo_start(job, error)
         elif job.step == _SWAPPED and not self._paths(vm).next_disk.exists():
+            paths = self._paths(vm)
+            await asyncio.to_thread(_put_in_place, paths.next_variables, paths.variables)
             await self._record_restored(vm, job)
             await self.undo_start(job, error)
         else:
-            await asyncio.to_thread(self._paths(vm).next_disk.unlink, missing_ok=True)
+            for following in self._paths(vm).next_disk, self._paths(vm).next_variables:
+                await asyncio.to_thread(following.unlink, missing_ok=True)
             if job.params["stops"]:
                 await self.undo_stop(job, error)
 
@@ -200,6 +212,12 @@ class SnapshotSteps(VmSteps):
         await asyncio.to_thread(memory.drop)
         await asyncio.to_thread(remove_layers, self._config, job.params["layers"])
         await self._see_again(job, await self._get(job))
+
+    async def merging(self, job: Job) -> None:
+        """Have layers that have no name any more be parts of those that stand on them."""
+        vm = await self._states.find(job.vm_id)
+        if vm is not None:  # it is not held, and may have been deleted
+            await self._merger.merge_all(vm, job)
 
     async def _make_next(self, vm: VmRecord, layer_id: int, size_bytes: int) -> None:
         layer = layer_disk(self._config, layer_id)
@@ -222,10 +240,16 @@ def _link(disk: Path, layer: Path) -> None:
     durable(layer.parent)
 
 
-def _put_in_place(following: Path, disk: Path) -> None:
-    """Have `following` for the disk; where it is gone, an earlier daemon has."""
+def _keep_variables(variables: Path, kept: Path) -> None:
+    """Keep a firmware's variables, if it has any, as they were when this was first asked for."""
+    if variables.exists() and not kept.exists():
+        copy_steady(variables, kept)
+
+
+def _put_in_place(following: Path, file: Path) -> None:
+    """Have `following` for a file; where it is gone, an earlier daemon has."""
     if following.exists():
-        publish(following, disk)
+        publish(following, file)
 
 
 def _is_in_place(disk: Path, layer: Path) -> bool:

@@ -5,6 +5,7 @@ What is then done, step by step, is in `operations` and `snapshot_steps`; what t
 """
 
 import asyncio
+import filecmp
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from oscloudd.cloud.heartbeat import PAUSED_BY_USER
 from oscloudd.cloud.jobs import JobInfo, Jobs, Order
 from oscloudd.cloud.layers import (
     MAX_LAYERS,
+    find_mergeable,
     find_unneeded_layers,
     follow,
     forget_layers,
     layer_directory,
     layer_memory,
+    layer_variables,
     read_chain,
     read_parents,
 )
@@ -141,14 +144,23 @@ class Snapshots:
         """
         if name is not None:
             return await self._database.run(lambda: _get(vm, name))
-        disk = vm_paths(self._config, vm.id, vm.disk_id).disk
-        is_down = vm.state in DOWN_STATES - {VmState.SUSPENDED}
-        if not (is_down and vm.layer_id is not None and await asyncio.to_thread(_is_blank, disk)):
+        if not await asyncio.to_thread(self._is_as_frozen, vm):
             waiting = Order(order.owner_uid, order.listener)
             frozen = await self._order("disk_freeze", vm.id, waiting, self.decide_freeze)
             assert isinstance(frozen, VmRecord)
             vm = frozen
         return await self._database.run(lambda: _get_layer(vm.layer_id))
+
+    def _is_as_frozen(self, vm: VmRecord) -> bool:
+        """Tell whether a vm is down and nothing was written since its disk was frozen. Blocks."""
+        if vm.layer_id is None or vm.state not in DOWN_STATES - {VmState.SUSPENDED}:
+            return False
+        paths = vm_paths(self._config, vm.id, vm.disk_id)
+        kept = layer_variables(self._config, vm.layer_id)
+        is_remembered = not paths.variables.exists() or (
+            kept.exists() and filecmp.cmp(paths.variables, kept, shallow=False)
+        )
+        return is_remembered and _is_blank(paths.disk)
 
     def decide_freeze(self, vm: VmRecord) -> dict[str, Any]:
         """Allow a vm's disk to be frozen and reserve the layer it becomes, in a transaction."""
@@ -244,7 +256,8 @@ class Snapshots:
             raise ExhaustedError(
                 f"the disk of vm {vm.name!r} stands on {depth} layers, and there may be "
                 f"{MAX_LAYERS}",
-                hint=f"restore one of its earlier snapshots: oscloudctl snapshot-list {vm.name}",
+                hint="delete one of its snapshots, which merges what has no name any more: "
+                f"oscloudctl snapshot-delete {vm.name} NAME; many clones can be made of one",
                 resource="layers",
                 wanted=depth + 1,
                 free=0,
@@ -256,6 +269,8 @@ class Snapshots:
         vm = await self._database.run(lambda: read_vm(key))
         if kind != "snapshot_delete":
             check_room(self._config, "overlay")
+        if kind in ("snapshot_create", "disk_freeze"):
+            await self._make_room_below(vm, order)
         begun = await self._operations.begin(kind, vm.id, order, decide)
         assert begun is not None
         job, task = begun
@@ -263,6 +278,18 @@ class Snapshots:
             return await self._jobs.info(job.id)
         await asyncio.shield(task)
         return await self._database.run(lambda: read_vm(vm.id))
+
+    async def _make_room_below(self, vm: VmRecord, order: Order) -> None:
+        """Merge layers where a disk stands on as many as it may: clones may have left them."""
+
+        def find(vm: VmRecord) -> dict[str, Any] | None:
+            is_full = len(read_chain(vm.layer_id)) >= MAX_LAYERS
+            return {} if is_full and find_mergeable(vm.layer_id) else None
+
+        if await self._database.run(lambda: find(read_vm(vm.id))) is not None:
+            begun = await self._operations.begin("layers_merge", vm.id, order, find)
+            if begun is not None:
+                await asyncio.shield(begun[1])
 
     async def _get(self, vm: VmRecord, name: str) -> SnapshotInfo:
         infos = await self._database.run(lambda: self._describe(vm))

@@ -13,6 +13,7 @@ from functools import partial
 
 from oscloudd.cloud.allocation import first_free_index, mac_of
 from oscloudd.cloud.dialogues import converse
+from oscloudd.cloud.taken import taken_taps
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import (
     VmPaths,
@@ -28,7 +29,6 @@ from oscloudd.config import Config
 from oscloudd.errors import HostError
 from oscloudd.guest.dialogue import rehearse_clone
 from oscloudd.host.images import publish
-from oscloudd.host.network.links import numbers_in_use
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.sessions import end_sessions_below
 from oscloudd.host.users import QemuUser
@@ -38,7 +38,6 @@ from oscloudd.machine.monitor import OnEvent
 from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.warm import ended_on_failure, restore_or_end
 from oscloudd.store.database import Database
-from oscloudd.store.models import Vm
 
 # It takes 0.4 s on an idle machine.
 _REHEARSAL_SECONDS = 60.0
@@ -191,8 +190,7 @@ def _open_free_tap(opened: list[tuple[int, int]]) -> None:
     One that the database had run again adds no other.
     """
     if not opened:
-        taken = {index for (index,) in Vm.select(Vm.tap_interface_idx).tuples()}
-        index = first_free_index(taken | numbers_in_use("osctap"))
+        index = first_free_index(taken_taps())
         opened.append((index, open_tap(f"osctap{index}", None)))
 
 

@@ -6,7 +6,6 @@ Owns the holds. Writes what it sees to `VmStates`; what should happen next is de
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,9 +18,9 @@ from oscloudd.cloud.boot import Boot
 from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.heartbeat import PAUSED_BY_USER, Heartbeat, state_of
 from oscloudd.cloud.held import Held
-from oscloudd.cloud.layers import read_chain
+from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.machine_files import machine_files
-from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
+from oscloudd.cloud.nics import Nics, opened_tap, rejoin
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.start_slots import StartSlots
 from oscloudd.cloud.states import SEEN_STATES, VmState, WantedState
@@ -34,8 +33,6 @@ from oscloudd.cloud.vm_states import VmStates, write_state
 from oscloudd.cloud.warm_files import WarmStart
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidStateError, NotFoundError
-from oscloudd.host.network.bridge_ports import guard_port
-from oscloudd.host.network.taps import join_tap, open_tap
 from oscloudd.host.processes import find_processes_in
 from oscloudd.host.scopes import VmScope, ensure_scope
 from oscloudd.host.users import QemuUser
@@ -71,21 +68,23 @@ class Supervisor:
         config: Config,
         database: Database,
         states: VmStates,
-        networks: Networks,
+        nics: Nics,
         templates: Templates,
         user: QemuUser,
         accelerator: "asyncio.Task[Accelerator]",
         slots: StartSlots,
         disks: DataDisks,
+        chains: LayerChains,
     ) -> None:
         self._config = config
         self._database = database
         self._states = states
-        self._networks = networks
+        self._nics = nics
         self._templates = templates
         self._user = user
         self._accelerator = accelerator
         self._disks = disks
+        self._chains = chains
         self._held: dict[int, Held] = {}
         self._boot = Boot(config, states, slots)
         self._heartbeat = Heartbeat(config, states, self._attend_again)
@@ -123,11 +122,6 @@ class Supervisor:
             await expected.wait()
         return self.get(vm)
 
-    async def bring_up_network(self, vm: VmRecord) -> None:
-        """Have the vm's bridge and the firewall in place, and the vm known to both."""
-        await self._networks.ensure_up(await self._network_of(vm))
-        await self._networks.admit(vm)
-
     async def spawn(
         self,
         vm: VmRecord,
@@ -143,30 +137,28 @@ class Supervisor:
         """
         template = self._templates.get_ready(vm.template)
         accelerator = await asyncio.shield(self._accelerator)
-        await self._networks.admit(vm)
-        tap_fd = open_tap(vm.tap, vm.bridge)
-        try:
-            guard_port(vm.tap, vm.mac)
+        await self._nics.admit(vm)
+        with opened_tap(vm.nics[0]) as tap_fd:
             spec = machine_spec(vm, template, accelerator.name, self._config.qemu.binary)
             spec = replace(
                 spec,
                 incoming=warm is not None or saved is not None,
                 memory_object=saved is not None and saved.has_memory_object,
             )
-            look = self._states.look
-            layers = await look(lambda: read_chain(vm.layer_id)) if vm.layer_id else []
-            files = await asyncio.to_thread(machine_files, self._config, vm, template, layers, warm)
             held = Held(vm.id)
             held.timings = timings
             on_event = self._on_event(held)
-            began = time.monotonic()
-            held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
+            async with self._chains.reading(vm.layer_id) as layers:
+                files = await asyncio.to_thread(
+                    machine_files, self._config, vm, template, layers, warm
+                )
+                began = time.monotonic()
+                held.qemu = await launch(spec, files, self._user, on_event, tap_fd=tap_fd)
             await ensure_scope(held.qemu.identity.pid, scope_of(vm))
             held.timings["spawn"] = time.monotonic() - began
-        finally:
-            os.close(tap_fd)
         if warm is None:
             await self._disks.equip(vm, held.qemu)
+            await self._nics.equip(vm, held.qemu)
         else:
             began = time.monotonic()
             await restore_or_end(held.qemu, warm.state, vm.disk_size)
@@ -192,9 +184,8 @@ class Supervisor:
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         await spare.hand_over(paths, self._on_event(held))
         await resize_disk(spare.qemu, vm.disk_size, timeout_seconds=ADOPTION_SECONDS)
-        await self._networks.admit(vm)
-        join_tap(vm.tap, vm.bridge)
-        guard_port(vm.tap, vm.mac)
+        await self._nics.admit(vm)
+        rejoin(vm.nics[0])
         await ensure_scope(spare.qemu.identity.pid, scope_of(vm))
         held.timings["take"] = time.monotonic() - began
         identity = spare.qemu.identity
@@ -349,10 +340,6 @@ class Supervisor:
             held.is_late = True
         await self._states.see(vm.id, state, reason)
 
-    async def expel(self, vm: VmRecord) -> None:
-        """Forget the addresses of a vm that is being deleted."""
-        await self._networks.expel(vm)
-
     async def close(self) -> None:
         """Let go of every qemu; all of them run on."""
         for held in list(self._held.values()):
@@ -371,11 +358,7 @@ class Supervisor:
         return InvalidStateError(message)
 
     async def _see_adopted(self, vm: VmRecord, held: Held, *, see: bool) -> None:
-        # The bridge and its rules first: the guest has been using them all the while.
-        await self._networks.ensure_up(await self._network_of(vm), checked_within_seconds=5.0)
-        await self._networks.admit(vm)
-        join_tap(vm.tap, vm.bridge)
-        guard_port(vm.tap, vm.mac)
+        await self._nics.take_up(vm, checked_within_seconds=5.0)
         status = await held.qemu.status(timeout_seconds=ADOPTION_SECONDS)
         if see:
             if status == "prelaunch":
@@ -432,9 +415,6 @@ class Supervisor:
     async def _see_if_held(self, held: Held, state: VmState, reason: str) -> None:
         if self._held.get(held.vm_id) is held:
             await self._states.see_if(held.vm_id, SEEN_STATES, state, reason)
-
-    async def _network_of(self, vm: VmRecord) -> NetworkRecord:
-        return await self._database.run_when_available(lambda: read_network(vm.network_id))
 
 
 def scope_of(vm: VmRecord) -> VmScope:

@@ -175,7 +175,8 @@ class Suspension:
         if accelerator != manifest.accelerator:
             _refuse(vm, "accelerator", manifest.accelerator, accelerator)
         if self._key(vm, accelerator, has_object=manifest.has_memory_object) != manifest.key:
-            then, now = "another version of OS Cloud or of its template", "this one"
+            then = "another version of OS Cloud or of its template, or other network cards"
+            now = "what is there now"
             _refuse(vm, "virtual hardware", then, now)
 
     def _key(self, vm: VmRecord, accelerator: str, *, has_object: bool) -> str:
@@ -183,8 +184,10 @@ class Suspension:
         spec = machine_spec(vm, template, accelerator, self._config.qemu.binary)
         paths = vm_paths(self._config, vm.id, vm.disk_id)
         traits: dict[str, object] = {"memory object": has_object, "seed": paths.seed.exists()}
-        if vm.layer_id is not None:  # which never changes, nor does what it stands on
+        if vm.layer_id is not None:  # which never changes, nor does what is read of it
             traits["layer"] = vm.layer_id
+        if vm.other_nics:
+            traits["nics"] = [(nic.slot, nic.mac) for nic in vm.other_nics]
         contents = contents_of(template) | {name: str(trait) for name, trait in traits.items()}
         # The very qemu that runs may be older than what is installed: its version is compared.
         return recipe_key(spec, with_tap=True, binary={}, contents=contents)

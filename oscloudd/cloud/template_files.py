@@ -20,6 +20,7 @@ FILES = "files.tar.gz"
 
 
 Firmware = Literal["bios", "uefi"]
+Identity = Literal["serial", "cloud-init", "dhcp"]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,17 +63,25 @@ class PlacedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Guest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[guest]: how it is told who it is, its login prompt, and what is done in it at first boot.
 
-    `commands` and `files` are for cloud-init: a template that is built does all that in `build`.
+    By "dhcp" it is told its address and hostname and nothing else. `commands` and `files` are for
+    cloud-init: a template that is built does all that in `build`. `ipv6` says of one that is built
+    that it takes in an IPv6 address, too; cloud-init does.
     """
 
-    identity: Literal["serial", "cloud-init"]
+    identity: Identity
+    ipv6: bool = False
     login_prompt: str = "login:"
     commands: list[str] = []
     files: dict[str, PlacedFile] = {}
 
     def __post_init__(self) -> None:
-        if self.identity == "serial" and (self.commands or self.files):
+        if self.identity != "cloud-init" and (self.commands or self.files):
             raise ValueError("commands and files are for an identity by cloud-init")
+
+    @property
+    def takes_ipv6(self) -> bool:
+        """Whether a guest that is told an IPv6 address uses it."""
+        return self.ipv6 or self.identity == "cloud-init"
 
 
 class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,6 +139,11 @@ class ReadyTemplate:
     def has_identity(self) -> bool:
         """Whether a disk on it is somebody's already, when its vm begins."""
         return self.has_no_image or self.declaration.source.kind == "publish"
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether something of its own is done at the first boot of each of its guests."""
+        return bool(self.declaration.guest.commands) or (self.directory / FILES).exists()
 
     def _optional(self, name: str) -> Path | None:
         return self.directory / name if name else None

@@ -19,6 +19,7 @@ from oscloudd.cloud.template_files import (
     Declaration,
     Firmware,
     Guest,
+    Identity,
     Image,
     Source,
     format_declaration,
@@ -46,17 +47,19 @@ _IMAGE = "image"
 class ImportRequest:
     """An image that a user brings: from `url`, or else `size_bytes` that the caller sends.
 
-    `source` is what its owner calls it; `expected` and `format` are None where nobody said.
+    `source` is what its owner calls it; `size_bytes`, `expected` and `format` are None where nobody
+    said.
     """
 
     name: str
     source: str
     url: str
-    size_bytes: int
+    size_bytes: int | None
     expected: Checksum | None
     format: ImageFormat | None
     os: str
     firmware: Firmware
+    identity: Identity
 
 
 class TemplateMaker:
@@ -98,7 +101,7 @@ class TemplateMaker:
             description=f"imported from {request.source}",
             os=request.os,
             source=Source(kind="import", url=request.url, format=judged.format),
-            guest=Guest(identity="cloud-init"),
+            guest=Guest(identity=request.identity),
             boot=Boot(firmware=request.firmware),
             image=Image(file=file_name, format=judged.format),
         )
@@ -128,7 +131,10 @@ class TemplateMaker:
         self, request: ImportRequest, body: AsyncIterator[bytes], making: Path, job: Job
     ) -> None:
         def report(received_bytes: int) -> None:
-            job.report("receiving", request.source, received_bytes / request.size_bytes)
+            if request.size_bytes is None:
+                job.report("receiving", f"{received_bytes >> 20} MiB of {request.source}")
+            else:
+                job.report("receiving", request.source, received_bytes / request.size_bytes)
 
         report(0)
         await receive(

@@ -3,6 +3,9 @@
 Pure: builds and reads headers, manifest and checksums. `tar` unpacks the file and `sha256sum -c
 SHA256SUMS` checks it. It is read as it comes, so nothing in it names a place on this host: members
 have the names and the order given here, and no others.
+
+What came later than the first version has a default, and is left out where it has that: so an
+older version reads whatever has nothing new in it, and refuses the rest.
 """
 
 import tarfile
@@ -11,8 +14,11 @@ from typing import Literal
 
 import msgspec
 
+from oscloudd.cloud.template_files import Firmware, Identity
 from oscloudd.errors import InvalidArgumentError
 from oscloudd.host.checksums import parse_checksums
+from oscloudd.machine.arguments import PORTS
+from oscloudd.units import check_name
 
 BLOCK_BYTES = 512
 # POSIX ustar: two blocks of zeros end it.
@@ -20,15 +26,20 @@ END = bytes(2 * BLOCK_BYTES)
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 DISK, KERNEL, INITRD, SEED = "disk.qcow2", "kernel", "initrd", "seed.iso"
-# The large one last: what the others are decides where it goes.
-_MEMBERS = (KERNEL, INITRD, SEED, DISK)
+VARIABLES = "variables.fd"
+# The large ones last, and data disks behind this: what the others are decides where they go.
+_MEMBERS = (KERNEL, INITRD, SEED, VARIABLES, DISK)
 
 # The document that a guest may still have to be told holds the user's keys, and a request has at
 # most 1 MiB of them, in base64 here.
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_SUMS_BYTES = 4096
-# Debian's largest kernel and initrd have 80 MB; our seeds 0.4.
-_MOST_BYTES = {DISK: 1 << 40, KERNEL: 256 << 20, INITRD: 1 << 30, SEED: 64 << 20}
+MAX_DISK_BYTES = 1 << 40
+# Debian's largest kernel and initrd have 80 MB; our seeds 0.4. qemu takes 8 MiB of flash.
+_MOST_BYTES = {KERNEL: 256 << 20, INITRD: 1 << 30, SEED: 64 << 20, VARIABLES: 8 << 20}
+_SECTOR_BYTES = 512
+# With all that is not a disk, in round numbers.
+MAX_ARCHIVE_BYTES = (PORTS + 2) * MAX_DISK_BYTES
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,10 +49,19 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int
 
 
-class ExportedVm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExportedNic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A network card beside the first one; `network` is its network's name."""
+
+    network: str
+    ip: str
+    mac: str
+
+
+class ExportedVm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a vm is, and who its guest thinks it is; sizes in bytes.
 
-    `seed_document` is what the guest has yet to be told, "" when its disk has it.
+    `seed_document` is what the guest has yet to be told, "" when its disk has it. Older versions
+    know no `nics`, so a vm with one card has none.
     """
 
     name: str
@@ -57,21 +77,42 @@ class ExportedVm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed_document: str
     autostart: Literal["no", "yes", "last-state"]
     restart: Literal["no", "on-failure", "always"]
+    nics: list[ExportedNic] = []
 
 
-class ExportedTemplate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExportedDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A data disk: in which of the vm's slots it is, and its size in bytes.
+
+    Its guest knows it by the beginning of its name.
+    """
+
+    slot: int
+    name: str
+    size: int
+
+    @property
+    def member(self) -> str:
+        """The file that it is."""
+        return f"data{self.slot}.qcow2"
+
+
+class ExportedTemplate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How a guest of its template boots and is told who it is."""
 
     name: str
     os: str
     cmdline: str
-    identity: Literal["serial", "cloud-init"]
+    identity: Identity
     login_prompt: str
     min_mem_size: str
+    firmware: Firmware = "bios"
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """manifest.json: `made_at` in seconds since 1970, `made_by` a version of this program."""
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """manifest.json: `made_at` in seconds since 1970, `made_by` a version of this program.
+
+    `disks` are the data disks, by slot.
+    """
 
     format: Literal["oscloud-vm"]
     version: Literal[1]
@@ -80,6 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vm: ExportedVm
     template: ExportedTemplate
     members: list[Member]
+    disks: list[ExportedDisk] = []
 
 
 def build_header(name: str, size_bytes: int, made_at: float) -> bytes:
@@ -120,13 +162,36 @@ def parse_manifest(text: bytes) -> Manifest:
             f"its manifest can't be read: {error!s:.200}",
             hint="it may be of a newer version of OS Cloud",
         ) from error
+    _check_disks(manifest.disks)
     names = [member.name for member in manifest.members]
-    if names != [name for name in _MEMBERS if name in names] or DISK not in names:
+    possible = [*_MEMBERS, *(disk.member for disk in manifest.disks)]
+    needed = {DISK, *possible[len(_MEMBERS) :]}
+    if manifest.template.firmware == "uefi":
+        possible.remove(KERNEL)
+        needed.add(VARIABLES)
+    else:
+        possible.remove(VARIABLES)
+    if names != [name for name in possible if name in names] or not needed <= set(names):
         raise InvalidArgumentError(f"its manifest names other files than a vm has: {names!r:.200}")
     for member in manifest.members:
-        if not 0 <= member.size <= _MOST_BYTES[member.name]:
+        if not 0 <= member.size <= _MOST_BYTES.get(member.name, MAX_DISK_BYTES):
             raise InvalidArgumentError(f"{member.name} in it has an impossible size")
     return manifest
+
+
+def _check_disks(disks: list[ExportedDisk]) -> None:
+    """Raise InvalidArgumentError unless a vm can have these data disks, in this order."""
+    slots, names = [disk.slot for disk in disks], {disk.name for disk in disks}
+    if slots != sorted(set(slots) & set(range(1, PORTS + 1))):
+        raise InvalidArgumentError(
+            f"its manifest has data disks in slots {slots!r:.80}, and a vm has slots 1 to {PORTS}"
+        )
+    if len(names) != len(disks):
+        raise InvalidArgumentError("its manifest has two data disks of one name")
+    for disk in disks:
+        check_name(disk.name)
+        if not 0 < disk.size <= MAX_DISK_BYTES or disk.size % _SECTOR_BYTES:
+            raise InvalidArgumentError(f"data disk {disk.name!r} in it has an impossible size")
 
 
 def build_sums(digests: dict[str, str]) -> bytes:

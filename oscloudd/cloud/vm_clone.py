@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from oscloudd.cloud.jobs import JobInfo, Order
 from oscloudd.cloud.snapshots import Snapshots
+from oscloudd.cloud.taken import NicRequest
 from oscloudd.cloud.vm_create import Original, VmCreator, VmRequest
 from oscloudd.cloud.vm_records import VmInfo, VmRecord, read_vm
 from oscloudd.errors import InvalidArgumentError
@@ -78,4 +79,5 @@ def _as_request(source: VmRecord, request: CloneRequest) -> VmRequest:
         password="",
         user_data="",
         wait=request.wait,
+        other_nics=tuple(NicRequest(nic.network_id) for nic in source.other_nics),
     )

@@ -12,24 +12,27 @@ from typing import Any
 import msgspec
 from peewee import IntegrityError
 
-from oscloudd.cloud.allocation import (
-    allocate_address,
-    first_free_index,
-    first_free_serial_port,
-    mac_of,
-)
+from oscloudd.cloud.allocation import mac_of
 from oscloudd.cloud.disk_records import check_can_boot, read_disk
 from oscloudd.cloud.disk_sizes import check_room
 from oscloudd.cloud.job_rows import insert_job
 from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
-from oscloudd.cloud.networks import NetworkRecord, Networks, read_network
+from oscloudd.cloud.networks import NetworkRecord, Networks, read_network, takes_ipv6
+from oscloudd.cloud.new_identity import Access, draw_identity
 from oscloudd.cloud.operations import OPERATIONS, Operations
 from oscloudd.cloud.port_specs import PortSpec
 from oscloudd.cloud.ports import Ports, insert_ports
 from oscloudd.cloud.spare import Spare
 from oscloudd.cloud.states import VmState, WantedState
-from oscloudd.cloud.template_files import Declaration, ReadyTemplate
+from oscloudd.cloud.taken import (
+    NicRequest,
+    allocate,
+    draw_uuid,
+    insert_nic,
+    is_mac_taken,
+)
+from oscloudd.cloud.template_files import Declaration, Identity, ReadyTemplate
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmInfo, describe, read_vm
 from oscloudd.cloud.vm_states import insert_state_event
@@ -45,11 +48,14 @@ from oscloudd.errors import (
     InvalidStateError,
     UnavailableError,
 )
-from oscloudd.guest.identity import GuestIdentity, build_document, hostname_of, make_machine_id
+from oscloudd.guest.identity import (
+    GuestIdentity,
+    build_document,
+    build_instance_document,
+)
 from oscloudd.host.firmware import check_uefi
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.host.keys import HostKey, HostKeys
-from oscloudd.host.network.links import numbers_in_use, permanent_addresses
 from oscloudd.host.passwords import hash_password
 from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Layer, Vm
@@ -72,7 +78,8 @@ class Original:
 class VmRequest:
     """What is asked for, checked as far as it can be without looking at anything.
 
-    A clone has an `original`, and who may log in is on its disk: keys and password are of no use.
+    `network` and `ip` are its first card's, `other_nics` the further ones. A clone has an
+    `original`, and who may log in is on its disk: keys and password are of no use.
     """
 
     name: str
@@ -93,6 +100,7 @@ class VmRequest:
     original: Original | None = None
     publish: tuple[PortSpec, ...] = ()
     bandwidth: int = 0
+    other_nics: tuple[NicRequest, ...] = ()
 
 
 class VmCreator:
@@ -173,7 +181,7 @@ class VmCreator:
         disk = await self._database.run(lambda: read_disk(key))
         if disk.template is None:
             raise InvalidStateError(
-                f"disk {disk.name!r} was made empty: there is nothing on it to boot",
+                f"disk {disk.name!r} stands on no template: nothing tells what it boots with",
                 hint="make one that has a system: oscloudctl disk-create NAME --template "
                 f"{self._config.guest.default_image}; or attach this one to a vm: oscloudctl "
                 f"disk-attach VM {disk.name}",
@@ -198,8 +206,23 @@ class VmCreator:
     async def _find_warm(self, request: VmRequest, template: ReadyTemplate) -> WarmImage | None:
         """Choose the warm image a new vm begins with; raises InvalidStateError if it must."""
         mode = self._config.warm.mode if request.warm is None else request.warm
-        if mode == "off":
+        # A saved machine has one card, and its guest is told of one.
+        if mode == "off" or (request.other_nics and mode != "only"):
             return None
+        if request.user_data:  # for a first boot, which a clone has none of
+            if mode == "only":
+                raise InvalidArgumentError(
+                    "a vm with user_data can't begin warm: cloud-init takes them in at first boot",
+                    hint="leave user_data out, or warm",
+                    parameter="warm",
+                )
+            return None
+        if request.other_nics:
+            raise InvalidArgumentError(
+                "a vm with several network cards can't begin warm",
+                hint="leave warm out, or add the other cards afterwards: oscloudctl nic-add",
+                parameter="warm",
+            )
         shape = Shape(template, request.mem_size, request.cpus, request.disk_size)
         warm = await self._warm_images.find(shape)
         if warm is None and mode == "only":
@@ -276,7 +299,8 @@ class VmCreator:
 
         def check() -> None:
             network = self._check_can_reserve(request)
-            allocate(network, request.ip, None, self._ports.host_ports())
+            host_ports = self._ports.host_ports()
+            allocate(network, request.ip, host_ports, others=request.other_nics)
 
         await self._database.run(check)
 
@@ -311,15 +335,36 @@ class VmCreator:
                 "what was to be cloned has just been deleted", hint="see: oscloudctl vm-list"
             )
         network = self._check_can_reserve(request)
-        unique = uuid.uuid4() if spare is None else uuid.UUID(spare.uuid)
-        given = allocate(network, request.ip, spare, self._ports.host_ports())
-        identity = self._identity(request, network, given.ip, mac_of(unique.hex), key)
-        by_serial = template.declaration.guest.identity == "serial"
+        unique = draw_uuid() if spare is None else uuid.UUID(spare.uuid)
+        if is_mac_taken(mac_of(unique.hex)):
+            raise UnavailableError("the spare clone has another vm's MAC", hint="try again")
+        given = allocate(
+            network,
+            request.ip,
+            self._ports.host_ports(),
+            others=request.other_nics,
+            tap_index=None if spare is None else spare.tap_index,
+        )
+        has_ipv6 = takes_ipv6(template)
+        access = Access(
+            hash_password(request.password),
+            request.ssh_keys,
+            is_kept=original is not None,
+            is_copy=original is not None or template.has_identity,
+        )
+        identity = draw_identity(
+            request.name, network, given, key, access, uuid_hex=unique.hex,
+            resolvers=self._networks.resolvers(network), has_ipv6=has_ipv6,
+        )  # fmt: skip
+        told_by = template.declaration.guest.identity
+        if told_by == "dhcp":
+            self._networks.check_serves_dhcp(network)
+        document = _document_for(identity, str(unique), warm, told_by)
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
         if request.disk is not None:
             there = read_disk(request.disk)
-            check_can_boot(there, takes_identity_once=by_serial)
+            check_can_boot(there, takes_identity_once=told_by == "serial")
             disk_id = there.id
         else:
             disk_id = Disk.create(
@@ -339,64 +384,33 @@ class VmCreator:
             mem_size=request.mem_size,
             cpus=request.cpus,
             ip=given.ip,
+            dual_stack=has_ipv6,
             mac=identity.mac,
             tap_interface_idx=given.tap_index,
             qemu_serial_port=given.serial_port,
             state=VmState.CREATING,
             wanted_state=WantedState.RUNNING,
-            host_keys=key.public,
-            seed_document=build_document(identity) if by_serial else "",
+            host_keys="" if told_by == "dhcp" else key.public,
+            seed_document=document,
             autostart=request.autostart,
             restart=request.restart,
             bandwidth=request.bandwidth,
             owner_uid=owner_uid,
             created_at=now,
         )
+        for nic in given.others:
+            insert_nic(vm.id, nic)
         insert_ports(vm.id, vm.name, request.publish)
-        return _insert_job(request, vm, None if by_serial else identity, spare)
-
-    def _identity(
-        self, request: VmRequest, network: NetworkRecord, address: str, mac: str, key: HostKey
-    ) -> GuestIdentity:
-        return GuestIdentity(
-            hostname=hostname_of(request.name),
-            address=address,
-            prefix_length=network.subnet.prefixlen,
-            gateway=network.gateway,
-            mac=mac,
-            dns=self._networks.resolvers(network),
-            root_password_hash=hash_password(request.password),
-            authorized_keys=request.ssh_keys,
-            host_key=key,
-            machine_id=make_machine_id(),
-            keeps_access=request.original is not None,
-        )
+        return _insert_job(request, vm, identity if told_by == "cloud-init" else None, spare)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What is allocated to a new vm."""
-
-    ip: str
-    tap_index: int
-    serial_port: int
-
-
-def allocate(
-    network: NetworkRecord, wanted_ip: str | None, spare: Spare | None, host_ports: set[int]
-) -> Given:
-    """Choose in a transaction what nobody has; raises what `allocate_address` does."""
-    taken = list(Vm.select(Vm.network, Vm.ip, Vm.tap_interface_idx, Vm.qemu_serial_port).tuples())
-    addresses = {ip for network_id, ip, _, _ in taken if network_id == network.id}
-    taps = {tap for _, _, tap, _ in taken}
-    # A vm that no row knows of may run here, as after an older copy of the database was put back.
-    addresses |= permanent_addresses(network.bridge)
-    taps |= numbers_in_use("osctap")
-    return Given(
-        ip=allocate_address(network.subnet, addresses, wanted_ip, network=network.name),
-        tap_index=first_free_index(taps) if spare is None else spare.tap_index,
-        serial_port=first_free_serial_port(host_ports | {port for _, _, _, port in taken}),
-    )
+def _document_for(
+    identity: GuestIdentity, instance_id: str, warm: WarmImage | None, told_by: Identity
+) -> str:
+    """Give what a vm is told by ourselves; one that boots with cloud-init has its seed."""
+    if told_by == "serial":
+        return build_document(identity)
+    return "" if warm is None else build_instance_document(identity, instance_id)
 
 
 def _insert_job(

@@ -43,6 +43,11 @@ class VmPaths:
         return self.disk_directory / "variables.fd"
 
     @property
+    def next_variables(self) -> Path:
+        """The variables that go with the overlay that is to be the disk."""
+        return self.disk_directory / "next.fd"
+
+    @property
     def suspended(self) -> Path:
         """The directory of the saved memory of a vm that is suspended."""
         return self.disk_directory / "suspended"

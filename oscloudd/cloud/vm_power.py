@@ -12,7 +12,14 @@ from oscloudd.cloud.heartbeat import PAUSED_BY_USER
 from oscloudd.cloud.jobs import JobInfo, Jobs, Order
 from oscloudd.cloud.memory import check_memory
 from oscloudd.cloud.operations import Decide, Operations
-from oscloudd.cloud.states import DOWN_STATES, LIVE_STATES, SEEN_STATES, VmState, WantedState
+from oscloudd.cloud.states import (
+    DOWN_STATES,
+    LIVE_STATES,
+    OFF_STATES,
+    SEEN_STATES,
+    VmState,
+    WantedState,
+)
 from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.suspension import Suspension, drop_hint
 from oscloudd.cloud.vm_records import VmInfo, VmRecord, describe, read_vm
@@ -269,6 +276,24 @@ def _check_not_protected(vm: VmRecord) -> None:
             hint=f"lift that first: oscloudctl vm-set --protect no {vm.name}",
             state=vm.state,
         )
+
+
+def check_can_plug(
+    supervisor: Supervisor, vm: VmRecord, verb: str, what: str, *, may_be_paused: bool
+) -> None:
+    """Refuse a change of a vm's disks or cards that would not come to its end.
+
+    Called before anything is written.
+    """
+    if vm.state in OFF_STATES:
+        return
+    if vm.state == VmState.SUSPENDED:
+        refuse(vm, verb, f"its memory goes with its {what}: oscloudctl vm-resume {vm.name}")
+    if vm.state == VmState.PAUSED and not may_be_paused:
+        refuse(vm, verb, f"let it go on first: oscloudctl vm-resume {vm.name}")
+    if vm.state not in (VmState.RUNNING, VmState.PAUSED):
+        refuse(vm, verb, f"see: oscloudctl vm-info {vm.name}")
+    supervisor.get(vm)
 
 
 def refuse(vm: VmRecord, verb: str, hint: str) -> NoReturn:

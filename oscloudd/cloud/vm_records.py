@@ -5,23 +5,30 @@ its transaction would ask the database again, from the wrong thread.
 """
 
 import time
+from collections.abc import Iterable
 from functools import cache
-from ipaddress import IPv4Network
-from typing import Literal
+from ipaddress import IPv6Address
+from typing import Any, Literal
 
 import msgspec
 from peewee import fn
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.nic_records import (
+    FIRST_SLOT,
+    NicRecord,
+    read_all_other_nics,
+    read_other_nics,
+)
 from oscloudd.cloud.states import VmState
 from oscloudd.host.processes import ProcessIdentity, is_same_process
 from oscloudd.store.models import Disk, Network, Port, Vm, database_proxy
 from oscloudd.units import is_possible_id, parse_key
 
 
-class NicInfo(msgspec.Struct, frozen=True):
-    """What a running guest has received and sent since its qemu was started."""
+class NicTraffic(msgspec.Struct, frozen=True):
+    """What a running guest has received and sent by a card since that was plugged in."""
 
     rx_bytes: int
     rx_packets: int
@@ -29,11 +36,27 @@ class NicInfo(msgspec.Struct, frozen=True):
     tx_packets: int
 
 
+class NicInfo(msgspec.Struct, frozen=True):
+    """A network card as it is shown; only `vm_info` counts, and only while the vm runs."""
+
+    slot: int
+    network: str
+    ip: str
+    ip6: str | None
+    mac: str
+    tap: str
+    rx_bytes: int | None = None
+    rx_packets: int | None = None
+    tx_bytes: int | None = None
+    tx_packets: int | None = None
+
+
 class VmInfo(msgspec.Struct, frozen=True):
     """The answer of `vm_info`: sizes in bytes, times in seconds since 1970.
 
-    `bandwidth` is in bits a second, null for no limit. `nic` is in that answer only, and null for
-    a vm that does not run.
+    `network`, `ip`, `ip6`, `gateway`, `mac` and `nic` are its first card's; `ip6` is null where its
+    guest is told none. `bandwidth` is each card's, in bits a second, null for no limit. `nic` is in
+    that answer only, and null for a vm that does not run.
     """
 
     id: int
@@ -44,6 +67,7 @@ class VmInfo(msgspec.Struct, frozen=True):
     os: str
     network: str
     ip: str
+    ip6: str | None
     gateway: str
     mac: str
     mem_size: int
@@ -66,7 +90,8 @@ class VmInfo(msgspec.Struct, frozen=True):
     timings: dict[str, float]
     ports: list[str]
     bandwidth: int | None
-    nic: NicInfo | msgspec.UnsetType | None = msgspec.UNSET
+    nics: list[NicInfo]
+    nic: NicTraffic | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class VmRecord(msgspec.Struct, frozen=True):
@@ -85,10 +110,12 @@ class VmRecord(msgspec.Struct, frozen=True):
     network: str
     network_ip: str
     network_mask: int
+    network_subnet6: str | None
     bridge_index: int
     mem_size: int
     cpus: int
     ip: str
+    dual_stack: int
     mac: str
     tap_index: int
     serial_port: int
@@ -112,10 +139,30 @@ class VmRecord(msgspec.Struct, frozen=True):
     created_at: float
     ports: str | None  # forwarded ones, with commas between
     bandwidth: int  # bits a second, 0 for any
+    other_nics: tuple[NicRecord, ...] = ()
+
+    @property
+    def nics(self) -> tuple[NicRecord, ...]:
+        """All its network cards, by slot."""
+        first = NicRecord(
+            id=None,
+            slot=FIRST_SLOT,
+            network_id=self.network_id,
+            network=self.network,
+            network_ip=self.network_ip,
+            network_mask=self.network_mask,
+            network_subnet6=self.network_subnet6,
+            bridge_index=self.bridge_index,
+            ip=self.ip,
+            mac=self.mac,
+            tap_index=self.tap_index,
+            dual_stack=self.dual_stack,
+        )
+        return (first, *self.other_nics)
 
     @property
     def tap(self) -> str:
-        """The name of its network interface on the host."""
+        """The name of its first card's network interface on the host."""
         return f"osctap{self.tap_index}"
 
     @property
@@ -149,10 +196,12 @@ _COLUMNS = (
     Network.name,
     Network.ip,
     Network.mask,
+    Network.subnet6,
     Network.bridge_interface_idx,
     Vm.mem_size,
     Vm.cpus,
     Vm.ip,
+    Vm.dual_stack,
     Vm.mac,
     Vm.tap_interface_idx,
     Vm.qemu_serial_port,
@@ -191,13 +240,17 @@ def _statement(key: Literal["id", "name"] | None) -> str:
 
 def read_vms() -> list[VmRecord]:
     """Read every vm, inside a transaction."""
-    return [VmRecord(*row) for row in database_proxy.execute_sql(_statement(None))]
+    others = read_all_other_nics()
+    return [
+        _record(row, tuple(others.get(row[0], ())))
+        for row in database_proxy.execute_sql(_statement(None))
+    ]
 
 
 def find_vm(vm_id: int) -> VmRecord | None:
     """Read the vm of this id, inside a transaction."""
     row = database_proxy.execute_sql(_statement("id"), (vm_id,)).fetchone()
-    return None if row is None else VmRecord(*row)
+    return None if row is None else _record(row, read_other_nics(vm_id))
 
 
 def read_vm(key: int | str) -> VmRecord:
@@ -208,12 +261,18 @@ def read_vm(key: int | str) -> VmRecord:
     row = database_proxy.execute_sql(statement, (key,)).fetchone() if in_range else None
     if row is None:
         raise missing("vm", key)
-    return VmRecord(*row)
+    return _record(row, read_other_nics(row[0]))
+
+
+def _record(row: Iterable[Any], other_nics: tuple[NicRecord, ...]) -> VmRecord:
+    return VmRecord(*(*row, other_nics))
 
 
 def describe(vm: VmRecord) -> VmInfo:
     """Give what users are shown."""
     running = vm.started_at is not None and vm.pid is not None
+    nics = vm.nics
+    first = nics[0]
     return VmInfo(
         id=vm.id,
         name=vm.name,
@@ -223,7 +282,8 @@ def describe(vm: VmRecord) -> VmInfo:
         os=vm.template,
         network=vm.network,
         ip=vm.ip,
-        gateway=_gateway(vm.network_ip, vm.network_mask),
+        ip6=_text(first.address6),
+        gateway=str(gateway_of(first.subnet)),
         mac=vm.mac,
         mem_size=vm.mem_size,
         disk_size=vm.disk_size,
@@ -245,9 +305,12 @@ def describe(vm: VmRecord) -> VmInfo:
         timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
         ports=sorted(vm.ports.split(",")) if vm.ports else [],
         bandwidth=vm.bandwidth or None,
+        nics=[
+            NicInfo(nic.slot, nic.network, nic.ip, _text(nic.address6), nic.mac, nic.tap)
+            for nic in nics
+        ],
     )
 
 
-@cache
-def _gateway(network_ip: str, prefix_length: int) -> str:
-    return str(gateway_of(IPv4Network(f"{network_ip}/{prefix_length}")))
+def _text(address: IPv6Address | None) -> str | None:
+    return None if address is None else str(address)

@@ -14,8 +14,11 @@ from oscloudd.cloud.data_disks import DataDisks
 from oscloudd.cloud.disk_records import detach_disk
 from oscloudd.cloud.first_starts import FirstStarts
 from oscloudd.cloud.jobs import Job
+from oscloudd.cloud.layer_merging import LayerMerger
 from oscloudd.cloud.layers import find_unneeded_layers, forget_layers, remove_layers
 from oscloudd.cloud.names import Names
+from oscloudd.cloud.nic_records import forget_nics
+from oscloudd.cloud.nics import Nics
 from oscloudd.cloud.ports import Ports
 from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.start_slots import StartSlots
@@ -61,9 +64,11 @@ class VmSteps:
         slots: StartSlots,
         suspension: Suspension,
         disks: DataDisks,
+        nics: Nics,
         ports: Ports,
         names: Names,
         rates: Rates,
+        merger: LayerMerger,
     ) -> None:
         self._config = config
         self._states = states
@@ -72,9 +77,11 @@ class VmSteps:
         self._slots = slots
         self._suspension = suspension
         self._disks = disks
+        self._nics = nics
         self._ports = ports
         self._names = names
         self._rates = rates
+        self._merger = merger
 
     # Making and starting
 
@@ -94,12 +101,12 @@ class VmSteps:
             await asyncio.to_thread(durable, seed)
 
     async def network(self, job: Job) -> None:
-        """Have the vm's network in place, its name, and the ports of the host that lead to it."""
+        """Have the vm's networks in place, its name, and the ports of the host that lead to it."""
         vm = await self._get(job)
         self._names.publish(vm)
-        await self._supervisor.bring_up_network(vm)
+        await self._nics.bring_up_networks(vm)
         # A bridge that has just been made knows nothing of them.
-        if vm.ports or self._ports.awaits(vm.bridge):
+        if vm.ports or any(self._ports.awaits(nic.bridge) for nic in vm.nics):
             await self._ports.sync()
 
     async def starting(self, job: Job) -> None:
@@ -392,10 +399,11 @@ class VmSteps:
     async def _remove(self, vm: VmRecord) -> None:
         """Remove what there is of a vm outside the database, but for its qemu."""
         await asyncio.to_thread(self._paths(vm).remove, keeps_disk=bool(vm.is_disk_kept))
+        await self._disks.remove_unkept(vm.id)
         if vm.layer_id is not None:
             freed = await self._states.change(lambda: _leave_layers(vm))
             await asyncio.to_thread(remove_layers, self._config, freed)
-        await self._supervisor.expel(vm)
+        await self._nics.expel(vm)
         await self._ports.forget(vm)
         self._names.forget(vm)
         if vm.bandwidth:  # the kernel would keep the limit for the next tap of that name
@@ -470,8 +478,10 @@ def _forget(vm_id: int) -> None:
         name, disk_id, identified = row
         write_gone(vm_id, name)
         Snapshot.delete().where(Snapshot.vm == vm_id).execute()
+        forget_nics(vm_id)
         Vm.delete().where(Vm.id == vm_id).execute()
+        its = (Disk.id == disk_id) | (Disk.vm_id == vm_id)
+        Disk.delete().where(its, Disk.is_kept == 0).execute()
         Disk.update(vm_id=None, slot=None).where(Disk.vm_id == vm_id).execute()
-        Disk.delete().where(Disk.id == disk_id, Disk.is_kept == 0).execute()
         if identified:
             Disk.update(has_identity=True).where(Disk.id == disk_id).execute()

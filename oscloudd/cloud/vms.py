@@ -17,7 +17,7 @@ from oscloudd.cloud.supervisor import Supervisor
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_power import refuse
-from oscloudd.cloud.vm_records import NicInfo, VmInfo, VmRecord, describe, read_vm, read_vms
+from oscloudd.cloud.vm_records import NicTraffic, VmInfo, VmRecord, describe, read_vm, read_vms
 from oscloudd.cloud.vm_states import VmStates
 from oscloudd.config import Config
 from oscloudd.errors import AlreadyExistsError, InvalidArgumentError, InvalidStateError
@@ -76,10 +76,17 @@ class Vms:
         return [describe(vm) for vm in await self._database.run(read_vms)]
 
     async def info(self, key: int | str) -> VmInfo:
-        """Describe one vm with what its network card has seen; raises NotFoundError."""
+        """Describe one vm with what its network cards have seen; raises NotFoundError."""
         vm = await self._read(key)
-        seen = None if vm.pid is None else read_guest_traffic(vm.tap)
-        return msgspec.structs.replace(describe(vm), nic=seen and NicInfo(*seen))
+        info = describe(vm)
+        if vm.pid is None:
+            return msgspec.structs.replace(info, nic=None)
+        seen = [read_guest_traffic(nic.tap) for nic in info.nics]
+        nics = [
+            msgspec.structs.replace(nic, **traffic._asdict()) if traffic else nic
+            for nic, traffic in zip(info.nics, seen, strict=True)
+        ]
+        return msgspec.structs.replace(info, nics=nics, nic=seen[0] and NicTraffic(*seen[0]))
 
     async def rename(self, key: int | str, name: str, order: Order) -> VmInfo:
         """Give a vm another name; its guest keeps its hostname until it is told otherwise."""

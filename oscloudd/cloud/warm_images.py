@@ -38,6 +38,7 @@ from oscloudd.cloud.warm_files import (
 from oscloudd.cloud.warm_making import DEFAULT_DISK_SIZE, Made, Shape, WarmMaker, shape_of
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, HostError, InvalidArgumentError
+from oscloudd.guest.warm_seed import agent_digest
 from oscloudd.host.images import sha256_of, virtual_size_bytes
 from oscloudd.host.users import QemuUser
 from oscloudd.machine.accelerator import Accelerator
@@ -167,11 +168,16 @@ class WarmImages:
         return True
 
     async def find_last_used(self) -> WarmImage | None:
-        """Give the image a vm was last made from, of those that one can still begin with."""
+        """Give the image a vm was last made from, of those that one can still begin with.
+
+        It is for spares, which can't have a seed of their own before they are a vm's.
+        """
         for image in sorted(self._all(), key=lambda image: image.last_used, reverse=True):
             made = image.manifest
             with suppress(CloudError):  # its template is gone
                 shape = shape_of(self._templates.get_ready(made.template), made)
+                if shape.has_cloud_init:
+                    continue
                 if (found := await self.find(shape)) is not None and found.name == image.name:
                     return image
         return None
@@ -233,7 +239,9 @@ class WarmImages:
     ) -> None:
         try:
             shape = Shape(self._templates.get_ready(template), mem_size, cpus, disk_size)
-            if shape.can_be_warm and await self.find(shape) is None:
+            # The first boot of an image of others may take long, and fetch what it likes.
+            is_ours = shape.can_be_warm and not shape.has_cloud_init
+            if is_ours and await self.find(shape) is None:
                 await self.warm(template, mem_size, cpus, disk_size, Order(0))
         except CloudError as error:
             _log.warning("no warm image of %s: %s", template, error.message)
@@ -287,7 +295,13 @@ class WarmImages:
         version = await asyncio.shield(self._version)
         binary = identify_binary(self._config.qemu.binary, version.version)
         contents = contents_of(shape.template)
-        return recipe_key(await self._spec(shape), with_tap=True, binary=binary, contents=contents)
+        with_seed = shape.has_cloud_init
+        if with_seed:
+            contents["agent"] = agent_digest()
+        spec = await self._spec(shape)
+        return recipe_key(
+            spec, with_tap=True, with_seed=with_seed, binary=binary, contents=contents
+        )
 
     async def _spec(self, shape: Shape) -> MachineSpec:
         accelerator = await asyncio.shield(self._accelerator)
@@ -326,9 +340,8 @@ def _check_can_warm(shape: Shape) -> None:
     declaration = shape.template.declaration
     if not shape.can_be_warm:
         raise InvalidArgumentError(
-            f"template {shape.template.name!r} can't be kept warm: its guests take their identity "
-            f"by {declaration.guest.identity}, and its source is {declaration.source.kind}",
-            hint="a guest has to ask over its serial line, and to have no identity yet",
+            f"template {shape.template.name!r} can't be kept warm: {_why_not(shape.template)}",
+            hint="its vms begin cold",
             parameter="template",
         )
     if shape.mem_size < declaration.min_mem_bytes:
@@ -344,6 +357,16 @@ def _check_can_warm(shape: Shape) -> None:
             hint=f"give it at least {least} bytes",
             parameter="disk_size",
         )
+
+
+def _why_not(template: ReadyTemplate) -> str:
+    if template.has_identity:
+        return "each of its disks is somebody's already"
+    if template.is_uefi:
+        return "it boots by UEFI, whose variables are each vm's own"
+    if template.has_hooks:
+        return "it has hooks, which are for the first boot of each of its guests"
+    return f"its guests take their identity by {template.declaration.guest.identity}"
 
 
 def _by_disk_and_age(image: WarmImage) -> tuple[int, float]:

@@ -14,8 +14,11 @@ from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.template_files import ReadyTemplate
 from oscloudd.cloud.warm_files import DISK, MEMORY, STATE, Manifest
 from oscloudd.config import Config
-from oscloudd.guest.dialogue import postpone_identity
+from oscloudd.guest.dialogue import postpone_identity, wait_warm
+from oscloudd.guest.seed import write_seed
+from oscloudd.guest.warm_seed import build_warm_seed_files
 from oscloudd.host.images import create_overlay
+from oscloudd.host.keys import make_host_key
 from oscloudd.host.network.taps import open_tap
 from oscloudd.host.sessions import end_sessions_below
 from oscloudd.host.users import QemuUser
@@ -26,6 +29,8 @@ from oscloudd.machine.sealed_memory import make_memory, memory_path, seal_memory
 from oscloudd.machine.warm import save
 
 _BOOT_SECONDS = 600.0
+# Of an image of others, which may do at its first boot what it likes.
+_CLOUD_INIT_SECONDS = 1800.0
 # One warm image is made at a time.
 _TAP = "oscwarm0"
 # Locally administered; no vm has it, and a clone gets its own.
@@ -45,11 +50,19 @@ class Shape:
     disk_size: int  # the least one; a clone's file system grows to a larger one
 
     @property
+    def has_cloud_init(self) -> bool:
+        """Whether its guest is told who it is by a seed, and by our agent in it once it is saved.
+
+        Its clones have seeds of their own, so no spare stands ready.
+        """
+        return self.template.declaration.guest.identity == "cloud-init"
+
+    @property
     def can_be_warm(self) -> bool:
-        """Whether its guest can wait for its identity: it has none yet, and asks for one."""
+        """Whether its guest can wait for its identity: it has none yet, and nothing else to do."""
         template = self.template
-        asks = template.declaration.guest.identity == "serial" and not template.has_identity
-        return asks and not template.is_uefi
+        is_told = template.declaration.guest.identity in ("serial", "cloud-init")
+        return is_told and not (template.has_identity or template.is_uefi or template.has_hooks)
 
     def spec(self, accelerator: str, binary: str) -> MachineSpec:
         """Give the machine that is booted and saved."""
@@ -105,7 +118,7 @@ class WarmMaker:
             async with self._running(shape, spec, making, memory) as qemu:
                 await qemu.resume()
                 job.report("booting", "waiting for the template's boot")
-                await self._postpone(qemu)
+                await self._postpone(qemu, has_cloud_init=shape.has_cloud_init)
                 job.report("saving", "saving what it has come to")
                 await _save_state(qemu, making / STATE)
             digest = await asyncio.to_thread(write_memory, memory, making / MEMORY)
@@ -121,12 +134,14 @@ class WarmMaker:
     ) -> AsyncIterator[Qemu]:
         run_directory = self._run_directory / making.name
         run_directory.mkdir(parents=True, exist_ok=True)
+        seed = await _make_seed(run_directory) if shape.has_cloud_init else None
         files = MachineFiles(
             run_directory=run_directory,
             qemu_log=run_directory / "qemu.log",
             console_log=run_directory / "console.log",
             disk=making / DISK,
             base=shape.template.image,
+            seed=seed,
             kernel=shape.template.kernel,
             initrd=shape.template.initrd,
             memory=memory_path(memory),
@@ -143,10 +158,20 @@ class WarmMaker:
             await qemu.close()
             await asyncio.to_thread(shutil.rmtree, run_directory, ignore_errors=True)
 
-    async def _postpone(self, qemu: Qemu) -> None:
+    async def _postpone(self, qemu: Qemu, *, has_cloud_init: bool) -> None:
         # Its guest would find the channel at its end where nobody has it open.
         with qemu.console.attach_socket(with_history=True) as line, qemu.open_channel():
-            await converse(partial(postpone_identity, line, boot_seconds=_BOOT_SECONDS), line)
+            talk = partial(postpone_identity, line, boot_seconds=_BOOT_SECONDS)
+            if has_cloud_init:
+                talk = partial(wait_warm, line, boot_seconds=_CLOUD_INIT_SECONDS)
+            await converse(talk, line)
+
+
+async def _make_seed(directory: Path) -> Path:
+    seed = directory / "seed.iso"
+    files = build_warm_seed_files(_MAC, await make_host_key(directory))
+    await asyncio.to_thread(write_seed, seed, files)
+    return seed
 
 
 async def _save_state(qemu: Qemu, path: Path) -> None:

@@ -1,9 +1,11 @@
 # The host's part in a guest with cloud-init, run early in each of its boots, before its network and
-# sshd. `seed` puts an interpreter and the variables root_password_hash, machine_id, greeting and files
-# (those of its template: a gzipped tar archive in base64) before it.
+# sshd. `seed` puts an interpreter and the variables root_password_hash, machine_id, forget_access,
+# greeting, files (those of its template: a gzipped tar archive in base64) and agent (in a guest that
+# is to be saved, the program that waits there, in base64) before it.
 #
 # Owns: what a first boot needs that a cloud-config of the user's would take away if it were in ours,
-# where a list replaces a list; and telling the host over the channel how cloud-init has ended.
+# where a list replaces a list; and telling the host over the channel how cloud-init has ended, which
+# the agent does in its own way.
 # INSTANCE_ID is cloud-init's: where it is new, the boot is the first.
 
 export LC_ALL=C
@@ -11,6 +13,7 @@ umask 022
 channel_name=org.oscloud.channel.0
 result=/run/cloud-init/result.json
 marker=/var/lib/oscloud/$INSTANCE_ID
+runtime_dir=/run/oscloud
 
 # The host takes no longer line.
 most_bytes=3000
@@ -31,6 +34,11 @@ install_greeting() {
     fi
 }
 
+# On a disk that has been another guest's; who may log in now, cloud-init writes down after this.
+forget_access() {
+    [ -z "$forget_access" ] || rm -f /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys
+}
+
 # Of a disk that has been another guest's; systemd reads it at the next boot.
 renew_machine_id() {
     [ -z "$machine_id" ] || echo "$machine_id" >/etc/machine-id
@@ -41,7 +49,7 @@ install_files() {
 }
 
 first_boot() {
-    allow_root && renew_machine_id && install_greeting && install_files || exit 1
+    forget_access && allow_root && renew_machine_id && install_greeting && install_files || exit 1
     mkdir -p "${marker%/*}"
     : >"$marker"
 }
@@ -66,5 +74,21 @@ report() {
     done
 }
 
-report &
+# A unit of its own: what it does is no part of this boot, which it sees through to its end.
+start_agent() {
+    mkdir -p -m 0700 "$runtime_dir"
+    printf '%s' "$agent" | base64 -d >"$runtime_dir/agent.py"
+    systemd-run --quiet --no-block --collect --unit=oscloud-agent \
+        python3 -I "$runtime_dir/agent.py" "$INSTANCE_ID" ||
+        echo "oscloud-identity: failed: no program can be started by systemd-run" >/dev/ttyS0
+}
+
+# A clone's first boot of its own has configured its network, which later ones do not again.
+rm -f /etc/cloud/cloud.cfg.d/99-oscloud-clone.cfg
+
+if [ -n "$agent" ]; then
+    start_agent
+else
+    report &
+fi
 [ -e "$marker" ] || first_boot

@@ -62,6 +62,14 @@ def postpone_identity(line: socket.socket, *, boot_seconds: float) -> None:
     _expect(guest, _WARM, boot_seconds, "wait for the identity of a clone")
 
 
+def wait_warm(line: socket.socket, *, boot_seconds: float) -> None:
+    """Wait until a guest with cloud-init has come to where its clones will be told, unasked.
+
+    Else as `postpone_identity`.
+    """
+    _expect(_listen(line), _WARM, boot_seconds, "wait for the identity of a clone")
+
+
 def tell_clone(channel: socket.socket, document: str, *, seconds: float) -> None:
     """Tell a clone who it is; it waits for that and does not ask. Raises like `tell_identity`.
 

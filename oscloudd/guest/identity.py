@@ -21,6 +21,21 @@ _LINE_LENGTH = 76
 
 
 @dataclass(frozen=True)
+class GuestNic:
+    """A network card beside the first one: no route goes out there but to its own network."""
+
+    mac: str
+    address: str
+    prefix_length: int
+    address6: str = ""  # with its prefix length; "" where it has none
+
+    @property
+    def addresses(self) -> list[str]:
+        """Its addresses with their prefix lengths."""
+        return _with_prefixes(self)
+
+
+@dataclass(frozen=True)
 class GuestIdentity:
     """All that makes one guest different from another of the same template."""
 
@@ -34,7 +49,21 @@ class GuestIdentity:
     authorized_keys: tuple[str, ...]
     host_key: HostKey
     machine_id: str
+    address6: str = ""  # with its prefix length; "" where it has none
+    gateway6: str = ""
     keeps_access: bool = False  # password and keys are those its disk has already
+    is_copy: bool = False  # its disk has another's identity, access included unless that is kept
+    other_nics: tuple[GuestNic, ...] = ()
+
+    @property
+    def addresses(self) -> list[str]:
+        """Those of its first card, with their prefix lengths."""
+        return _with_prefixes(self)
+
+
+def _with_prefixes(card: GuestNic | GuestIdentity) -> list[str]:
+    address = f"{card.address}/{card.prefix_length}"
+    return [address, card.address6] if card.address6 else [address]
 
 
 def hostname_of(name: str) -> str:
@@ -66,9 +95,19 @@ def build_document(identity: GuestIdentity) -> str:
         "machine_id": identity.machine_id,
         "greeting": GREETING,
     }
+    if identity.address6:
+        values |= {"address6": identity.address6, "gateway6": identity.gateway6}
     if identity.keeps_access:
         values["keep_access"] = "1"
+    if identity.other_nics:
+        lines = (" ".join((nic.mac, *nic.addresses)) + "\n" for nic in identity.other_nics)
+        values["other_nics"] = "".join(lines)
     return "".join(_line(name, value.encode()) for name, value in values.items())
+
+
+def build_instance_document(identity: GuestIdentity, instance_id: str) -> str:
+    """Write the same down for a clone of an image with cloud-init, which has an instance-id."""
+    return build_document(identity) + _line("instance_id", instance_id.encode())
 
 
 def encode_for_line(document: str) -> list[str]:

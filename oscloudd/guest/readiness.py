@@ -39,6 +39,7 @@ class Sign:
 
 
 SSH = Sign("ssh")
+ADDRESS = Sign("address")
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,12 @@ def check_user_data(text: str) -> str:
 
 
 def build_seed_files(
-    identity: GuestIdentity, instance_id: str, user_data: str, hooks: Hooks
+    identity: GuestIdentity, instance_id: str, user_data: str, hooks: Hooks, agent: str = ""
 ) -> dict[str, bytes]:
-    """Give the seed's files by name. JSON is YAML, so the values need no quoting of ours."""
+    """Give the seed's files by name. JSON is YAML, so the values need no quoting of ours.
+
+    `agent` is the program that waits in a guest to be saved and cloned; see `warm_seed`.
+    """
     meta = {
         "instance-id": instance_id,
         "local-hostname": identity.hostname,
@@ -62,7 +65,7 @@ def build_seed_files(
     }
     vendor = [
         {"type": "text/cloud-config", "content": _json(_cloud_config(identity))},
-        {"type": "text/cloud-boothook", "content": _boothook(identity, hooks)},
+        {"type": "text/cloud-boothook", "content": _boothook(identity, hooks, agent)},
     ]
     if script := hooks.script():
         vendor.append({"type": "text/x-shellscript", "content": script})
@@ -106,34 +109,45 @@ def _cloud_config(identity: GuestIdentity) -> dict[str, Any]:
     }
 
 
-def _boothook(identity: GuestIdentity, hooks: Hooks) -> str:
+def _boothook(identity: GuestIdentity, hooks: Hooks, agent: str) -> str:
     # root's password is not in our cloud-config: that has a place for a list only, and where it is
     # in use cloud-init ignores a "password" of the user's.
     variables = {
         "root_password_hash": identity.root_password_hash,
-        # A disk that has been another's has its machine-id, which no new instance-id renews.
-        "machine_id": identity.machine_id if identity.keeps_access else "",
+        # A disk that has been another's has its machine-id, which no new instance-id renews, and
+        # lets its owner in.
+        "machine_id": identity.machine_id if identity.is_copy else "",
+        "forget_access": "1" if identity.is_copy and not identity.keeps_access else "",
         "greeting": GREETING,
         "files": base64.b64encode(hooks.files).decode(),
+        "agent": base64.b64encode(agent.encode()).decode(),
     }
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
     return "".join(["#!/bin/sh\n", *lines, Path(__file__).with_name("boothook.sh").read_text()])
 
 
 def _network_config(identity: GuestIdentity) -> dict[str, Any]:
+    first = {
+        **_card("eth0", identity.mac, identity.addresses),
+        "routes": [{"to": "default", "via": identity.gateway}],
+        "nameservers": {"addresses": [*identity.dns]},
+    }
+    if identity.address6:
+        first["routes"].append({"to": "::/0", "via": identity.gateway6})
+    others = {
+        f"eth{number}": _card(f"eth{number}", nic.mac, nic.addresses)
+        for number, nic in enumerate(identity.other_nics, 1)
+    }
+    return {"version": 2, "ethernets": {"eth0": first, **others}}
+
+
+def _card(name: str, mac: str, addresses: list[str]) -> dict[str, Any]:
     return {
-        "version": 2,
-        "ethernets": {
-            "eth0": {
-                "match": {"macaddress": identity.mac},
-                "set-name": "eth0",
-                "addresses": [f"{identity.address}/{identity.prefix_length}"],
-                "routes": [{"to": "default", "via": identity.gateway}],
-                "nameservers": {"addresses": [*identity.dns]},
-                # Nobody advertises routes here, and networkd would have the boot wait 12 s for it.
-                "accept-ra": False,
-            }
-        },
+        "match": {"macaddress": mac},
+        "set-name": name,
+        "addresses": addresses,
+        # Nobody advertises routes here, and networkd would have the boot wait 12 s for it.
+        "accept-ra": False,
     }
 
 

@@ -17,6 +17,8 @@ from oscloudd.host.image_header import HEADER_BYTES, parse_qcow2_header
 
 # extended_l2: else a write of 4 KiB to an overlay takes a whole cluster of 64, read from the base.
 _CREATE_ARGV = ("qemu-img", "create", "-q", "-o", "extended_l2=on", "-f", "qcow2")
+# A firmware writes its variables a few times a boot; 0.5 MB are read in a millisecond.
+_MOST_READINGS = 100
 
 
 async def create_overlay(path: Path, base_path: Path, base_format: str, size_bytes: int) -> None:
@@ -62,6 +64,29 @@ def copy_overlay(path: Path, blank: Path) -> None:
     except OSError as error:
         _discard(path)
         raise HostError(f"{path} can't be written: {error.strerror}") from error
+
+
+def copy_steady(source: Path, destination: Path) -> None:
+    """Make a durable copy of a small file that a machine may be writing to, as it was at one
+    moment. Blocks.
+
+    Two readings in a row that are the same are what was there between them. Raises HostError, and
+    leaves no half-made file.
+    """
+    part = destination.with_name(f".{destination.name}.part")
+    try:
+        content = source.read_bytes()
+        for _ in range(_MOST_READINGS):
+            before, content = content, source.read_bytes()
+            if content == before:
+                break
+        else:
+            raise HostError(f"{source} is being written to all the time", hint="try again")
+        part.write_bytes(content)
+    except OSError as error:
+        _discard(part)
+        raise HostError(f"{source} can't be copied: {error.strerror}") from error
+    publish(part, destination)
 
 
 def build_overlay_argv(path: Path, base_path: Path, base_format: str, size_bytes: int) -> list[str]:

@@ -331,15 +331,34 @@ def _disk_device(name: str, *, boot_index: int | None) -> list[str]:
 def _network_arguments(spec: MachineSpec, descriptors: Descriptors) -> list[str]:
     if descriptors.tap is None:
         return []
-    backend = {"type": "tap", "id": "net0", "fd": str(descriptors.tap)}
-    # An empty romfile: nobody boots from the network, and the ROM would be part of a saved state.
+    backend = build_nic_backend(0, str(descriptors.tap))
+    return ["-netdev", _json(backend), "-device", _json(build_nic_device(0, spec.mac))]
+
+
+def nic_name(slot: int) -> str:
+    """Name the device of the network card in a slot; the first card's is 0."""
+    return f"nic{slot}"
+
+
+def nic_backend_name(slot: int) -> str:
+    """Name what is behind that card on the host."""
+    return f"net{slot}"
+
+
+def build_nic_backend(slot: int, descriptor: str) -> dict[str, Any]:
+    """Give the tap behind a card; `descriptor` is its number, or the name it was sent under."""
+    return {"type": "tap", "id": nic_backend_name(slot), "fd": descriptor}
+
+
+def build_nic_device(slot: int, mac: str) -> dict[str, Any]:
+    """Give the card that the guest sees, without the port it is plugged into."""
     card: dict[str, Any] = {
         "driver": "virtio-net-pci",
-        "id": "nic0",
-        "netdev": "net0",
-        "mac": spec.mac,
+        "id": nic_name(slot),
+        "netdev": nic_backend_name(slot),
+        "mac": mac,
     }
+    # An empty romfile: nobody boots from the network, and the ROM would be part of a saved state.
     # qemu 7.2 restored with announce-rounds=0 frees the timer of these announcements, and dies when
     # the guest's driver resets the card, as every reboot does.
-    card_and_more = {**card, "romfile": "", "guest_announce": False}
-    return ["-netdev", _json(backend), "-device", _json(card_and_more)]
+    return {**card, "romfile": "", "guest_announce": False}

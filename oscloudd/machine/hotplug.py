@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oscloudd.errors import HostError, InvalidStateError, OperationTimeoutError
+from oscloudd.errors import HostError
 from oscloudd.host.images import virtual_size_bytes
 from oscloudd.machine.arguments import build_file_nodes, build_overlay_options, port_name
-from oscloudd.machine.qemu import Heard, Qemu
+from oscloudd.machine.plugging import UNPLUG_SECONDS, check_has_port, list_devices, unplug
+from oscloudd.machine.qemu import Qemu
 from oscloudd.machine.warm import resize_disk
-
-# An idle guest lets go of a disk in 0.1 s under emulation, one that is still booting later.
-UNPLUG_SECONDS = 30.0
 
 # What qemu 7.2 keeps of a serial number (VIRTIO_BLK_ID_BYTES).
 _SERIAL_LENGTH = 20
@@ -78,14 +76,10 @@ async def plug_disk(qemu: Qemu, disk: DataDisk) -> None:
     Raises HostError, and InvalidStateError when the machine has no such port; nothing is plugged
     in then.
     """
-    devices = await _list_devices(qemu)
+    devices = await list_devices(qemu)
     if _device_of(disk.slot) in devices:
         return
-    if port_name(disk.slot) not in devices:
-        raise InvalidStateError(
-            "this machine has no port for a disk: it was started by an older version",
-            hint="stop the vm and start it again",
-        )
+    check_has_port(devices, disk.slot, "a disk")
     await _forget_nodes(qemu, disk.slot)
     try:
         await _add_nodes(qemu, disk)
@@ -100,25 +94,13 @@ async def unplug_disk(qemu: Qemu, slot: int, *, timeout_seconds: float = UNPLUG_
 
     Raises OperationTimeoutError when it does not, which leaves the disk where it is.
     """
-    device = _device_of(slot)
-    with qemu.hear("DEVICE_DELETED") as heard:
-        if device in await _list_devices(qemu):
-            await qemu.monitor.execute("device_del", {"id": device})
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    await _wait_deleted(heard, device)
-            except TimeoutError as error:
-                raise OperationTimeoutError(
-                    f"the guest has not let go of the disk within {timeout_seconds:g} s",
-                    hint="see that it has booted and does not use the disk, then try again; or "
-                    "stop the vm first",
-                ) from error
+    await unplug(qemu, _device_of(slot), "disk", timeout_seconds=timeout_seconds)
     await _forget_nodes(qemu, slot)
 
 
 async def is_plugged(qemu: Qemu, slot: int) -> bool:
     """Tell whether there is a disk in a slot."""
-    return _device_of(slot) in await _list_devices(qemu)
+    return _device_of(slot) in await list_devices(qemu)
 
 
 def _device_of(slot: int) -> str:
@@ -131,18 +113,6 @@ def _disk_set(slot: int) -> int:
 
 def _base_set(slot: int) -> int:
     return _FIRST_SET + 2 * slot + 1
-
-
-async def _list_devices(qemu: Qemu) -> set[str]:
-    found = await qemu.monitor.execute("qom-list", {"path": "/machine/peripheral"})
-    return {str(each["name"]) for each in found}
-
-
-async def _wait_deleted(heard: Heard, device: str) -> None:
-    """Wait for the guest's consent, or for the end of its qemu."""
-    while (event := await heard.get()) is not None:
-        if event.get("device") == device:
-            return
 
 
 async def _add_nodes(qemu: Qemu, disk: DataDisk) -> None:

@@ -105,6 +105,7 @@ def recipe_key(
     spec: MachineSpec,
     *,
     with_tap: bool,
+    with_seed: bool = False,
     binary: Mapping[str, str | int],
     contents: Mapping[str, str],
 ) -> str:
@@ -117,7 +118,8 @@ def recipe_key(
     common = replace(spec, name="", uuid="", mac="", binary="", memory_shared=True, incoming=False)
     numbers = iter(range(10, 30))
     names = ["monitor", "serial", "channel", "console_log"]
-    names += ["disk", "base", "kernel", "initrd", "memory", *(["tap"] if with_tap else [])]
+    names += ["disk", "base", "kernel", "initrd", "memory"]
+    names += [*(["tap"] if with_tap else []), *(["seed"] if with_seed else [])]
     given: dict[str, Any] = {name: next(numbers) for name in names}
     descriptors = Descriptors(**given)
     recipe = {

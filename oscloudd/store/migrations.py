@@ -15,7 +15,16 @@ from peewee import SqliteDatabase
 
 from oscloudd.errors import HostError
 from oscloudd.store.backend import Backend
-from oscloudd.store.models import LATER_TABLES, PORT_TABLES, SNAPSHOT_TABLES, TABLES, Meta
+from oscloudd.store.models import (
+    LATER_TABLES,
+    NIC_TABLES,
+    PORT_TABLES,
+    SNAPSHOT_TABLES,
+    TABLES,
+    Meta,
+    Network,
+)
+from oscloudd.store.subnet6 import draw_subnet6
 
 _VERSION = "schema_version"
 
@@ -77,6 +86,20 @@ def _bandwidth(database: Any) -> None:
     _add_columns(database, "vm", {"bandwidth": "BIGINT NOT NULL DEFAULT 0"})
 
 
+def _nics(database: Any) -> None:
+    database.create_tables(NIC_TABLES)
+
+
+def _dual_stack(database: Any) -> None:
+    _add_columns(database, "network", {"subnet6": "VARCHAR(43)"})
+    _add_columns(database, "vm", {"dual_stack": "BOOL NOT NULL DEFAULT 0"})
+    if "network_subnet6" not in {index.name for index in database.get_indexes("network")}:
+        database.execute_sql("CREATE UNIQUE INDEX network_subnet6 ON network (subnet6)")
+    for (network_id,) in list(Network.select(Network.id).where(Network.subnet6.is_null()).tuples()):
+        drawn = Network.update(subnet6=str(draw_subnet6()))
+        drawn.where(Network.id == network_id).execute()
+
+
 def _add_columns(database: Any, table: str, columns: dict[str, str]) -> None:
     there = {column.name for column in database.get_columns(table)}
     for name, kind in columns.items():
@@ -93,6 +116,8 @@ MIGRATIONS: tuple[Callable[[Any], None], ...] = (
     _snapshots,
     _ports,
     _bandwidth,
+    _nics,
+    _dual_stack,
 )
 
 

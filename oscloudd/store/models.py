@@ -67,6 +67,7 @@ class Network(Table):
     dns = LongTextField(default="")  # space separated; "" is the host's own resolvers
     isolated = BooleanField(default=False)  # its guests reach nothing behind the host
     nat = BooleanField(default=True)  # without, they go out under their own addresses
+    subnet6 = CharField(max_length=43, null=True, unique=True)  # its IPv6 /64; null is none
     created_at = DoubleField()
 
 
@@ -83,7 +84,7 @@ class Disk(Table):
     warm_image = CharField(max_length=32, null=True)  # the one whose frozen disk is below it
     vm_id = IntegerField(null=True)  # the vm whose data disk it is
     slot = IntegerField(null=True)  # in which of its ports it is plugged
-    is_kept = BooleanField(default=False)  # made by itself, it stays when its vm goes
+    is_kept = BooleanField(default=False)  # it stays when its vm goes, as all data disks do
     has_identity = BooleanField(default=False)  # a vm that is deleted has booted from it
     layer_id = IntegerField(null=True)  # what the overlay stands on; null: template, warm image
     created_at = DoubleField()
@@ -115,6 +116,7 @@ class Vm(Table):
     mem_size = BigIntegerField()
     cpus = IntegerField()
     ip = CharField(max_length=15)
+    dual_stack = BooleanField(default=False)  # its guest is told an IPv6 address, too
     mac = CharField(max_length=17, unique=True)
     tap_interface_idx = IntegerField(unique=True)
     qemu_serial_port = IntegerField(unique=True)
@@ -144,6 +146,28 @@ class Vm(Table):
         """An address is one vm's within its network."""
 
         indexes = ((("network", "ip"), True),)
+
+
+class Nic(Table):
+    """A network card that a vm has beside its first one, which is in the vm's own row."""
+
+    id = IdField()
+    vm = ForeignKeyField(Vm, backref="nics", on_delete="RESTRICT")
+    network = ForeignKeyField(Network, on_delete="RESTRICT")
+    ip = CharField(max_length=15)
+    mac = CharField(max_length=17, unique=True)
+    tap_interface_idx = IntegerField(unique=True)
+    slot = IntegerField()  # in which of the vm's ports it is plugged
+    created_at = DoubleField()
+
+    class Meta:
+        """Across this table and the vms' only `cloud.taken` can tell what is free."""
+
+        indexes = (
+            (("network", "ip"), True),
+            (("vm", "slot"), True),
+            (("vm", "network"), True),
+        )
 
 
 class Snapshot(Table):
@@ -223,3 +247,4 @@ TABLES = (Network, Disk, Vm, Job)
 LATER_TABLES = (Event, Meta)
 SNAPSHOT_TABLES = (Layer, Snapshot)
 PORT_TABLES = (Port,)
+NIC_TABLES = (Nic,)

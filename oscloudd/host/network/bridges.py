@@ -1,4 +1,4 @@
-"""Bridges: one for each network of guests, with the gateway's address on it.
+"""Bridges: one for each network of guests, with the gateway's addresses on it.
 
 A bridge of ours carries the alias `oscloud`; one without it is somebody else's and is neither used,
 changed nor removed.
@@ -6,7 +6,7 @@ changed nor removed.
 
 import json
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
 from typing import Any
 
 from oscloudd.errors import AlreadyExistsError, HostError
@@ -18,11 +18,12 @@ ALIAS = "oscloud"
 
 @dataclass(frozen=True)
 class Bridge:
-    """A network's bridge: its name and the gateway's address on it."""
+    """A network's bridge: its name and the gateway's addresses on it."""
 
     name: str
     address: IPv4Address
     prefix_length: int
+    interface6: IPv6Interface | None = None
 
     @property
     def interface(self) -> IPv4Interface:
@@ -66,7 +67,7 @@ async def remove_bridge(name: str) -> None:
 def build_creation(bridge: Bridge) -> list[str]:
     """Give the lines for `ip -batch` that make the bridge."""
     name = bridge.name
-    return [
+    lines = [
         f"link add name {name} address {bridge.mac} type bridge stp_state 0 forward_delay 0"
         # A guest that asks who listens could have neighbours' multicasts kept from each other.
         " mcast_snooping 0",
@@ -74,24 +75,34 @@ def build_creation(bridge: Bridge) -> list[str]:
         f"address add {bridge.interface} dev {name}",
         f"link set dev {name} up",
     ]
+    if bridge.interface6 is not None:
+        lines.append(_build_address6(bridge.interface6, name))
+    return lines
 
 
 def build_changes(bridge: Bridge, present: dict[str, Any]) -> list[str]:
     """Give the lines for `ip -batch` that turn what `ip -json address` shows into the bridge."""
+    # What the kernel makes of the hardware address stays.
     addresses = {
         f"{entry['local']}/{entry['prefixlen']}"
         for entry in present.get("addr_info", [])
-        if entry.get("family") == "inet"
+        if entry.get("family") == "inet" or entry.get("scope") == "global"
     }
-    wanted = str(bridge.interface)
-    lines = [f"address delete {old} dev {bridge.name}" for old in sorted(addresses - {wanted})]
-    if wanted not in addresses:
-        lines.append(f"address add {wanted} dev {bridge.name}")
+    wanted = {str(bridge.interface): f"address add {bridge.interface} dev {bridge.name}"}
+    if bridge.interface6 is not None:
+        wanted[str(bridge.interface6)] = _build_address6(bridge.interface6, bridge.name)
+    lines = [f"address delete {old} dev {bridge.name}" for old in sorted(addresses - wanted.keys())]
+    lines += [line for address, line in wanted.items() if address not in addresses]
     if present.get("address") != bridge.mac:
         lines.append(f"link set dev {bridge.name} address {bridge.mac}")
     if "UP" not in present.get("flags", []):
         lines.append(f"link set dev {bridge.name} up")
     return lines
+
+
+def _build_address6(interface: IPv6Interface, name: str) -> str:
+    # Nobody else may have it, and until it is known that nobody has it can't be used.
+    return f"address add {interface} dev {name} nodad"
 
 
 async def _create(bridge: Bridge) -> None:

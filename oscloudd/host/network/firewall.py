@@ -3,15 +3,13 @@
 What they say: a guest sends with its own addresses only, and plays neither gateway nor DHCP server
 nor router; it reaches the world behind the host's address, and answers come back; networks don't
 reach each other; on the host itself guests reach ping, DNS and DHCP at their gateway and can
-answer, no more.
+answer, no more; all that by IPv4 and by IPv6.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from oscloudd.errors import HostError
 from oscloudd.host.commands import run
 from oscloudd.host.network.ruleset import (
     FAMILIES,
@@ -21,8 +19,6 @@ from oscloudd.host.network.ruleset import (
     build_removal,
     build_ruleset,
 )
-
-_FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 async def apply_ruleset(networks: Sequence[GuestNetwork], ports: Sequence[GuestPort]) -> None:
@@ -63,20 +59,3 @@ async def find_ruleset_bridges() -> set[str]:
 def parse_ruleset_bridges(text: str) -> set[str]:
     """Read the names of interfaces in what `nft list table` prints of a table of ours."""
     return set(re.findall(r'"([\w-]+)"', text))
-
-
-def is_forwarding() -> bool:
-    """Tell whether this box passes packets on between its interfaces."""
-    return _FORWARDING.read_text(encoding="ascii").strip() == "1"
-
-
-def ensure_forwarding() -> None:
-    """Let this box pass packets on between its interfaces (net.ipv4.ip_forward)."""
-    try:
-        if not is_forwarding():
-            _FORWARDING.write_text("1", encoding="ascii")
-    except OSError as error:
-        raise HostError(
-            f"{_FORWARDING} can't be set to 1: {error.strerror}",
-            hint="guests need it to reach beyond this box: sysctl net.ipv4.ip_forward=1",
-        ) from error

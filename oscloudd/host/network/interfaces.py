@@ -1,6 +1,6 @@
 """The kernel's ioctl calls on network interfaces: names, indices, flags.
 
-Knows the byte layouts; what is done with an interface is `taps.py`'s and `neighbours.py`'s.
+Knows the byte layouts; what is done with an interface is `taps.py`'s.
 """
 
 import fcntl
@@ -15,8 +15,6 @@ _NAME_BYTES = 16
 # linux/sockios.h and linux/if.h
 SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
-SIOCDARP = 0x8953
-SIOCSARP = 0x8955
 SIOCBRADDIF = 0x89A2
 IFF_UP = 0x1
 
@@ -42,6 +40,14 @@ def parse_mac(mac: str) -> bytes:
     if len(raw) != 6:
         raise InvalidArgumentError(f"{mac!r:.40} is not a hardware address")
     return raw
+
+
+def find_index(name: str) -> int | None:
+    """Give an interface's number, or None without one."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
 
 
 def open_control_socket() -> socket.socket:

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,14 @@ def parse_links(listed: list[dict[str, Any]]) -> Links:
     return Links(tuple(bridges), tuple(taps))
 
 
-async def list_permanent_neighbours(bridges: Collection[str]) -> list[tuple[str, IPv4Address]]:
+async def list_permanent_neighbours(
+    bridges: Collection[str],
+) -> list[tuple[str, IPv4Address | IPv6Address]]:
     """List the permanent neighbours on these bridges, each with its bridge."""
-    command = ["ip", "-json", "-4", "neighbour", "show", "nud", "permanent"]
+    command = ["ip", "-json", "neighbour", "show", "nud", "permanent"]
     listed = json.loads(await run(command) or "[]")
     return [
-        (entry["dev"], IPv4Address(entry["dst"]))
+        (entry["dev"], ip_address(entry["dst"]))
         for entry in listed
         if entry.get("dev") in bridges and "dst" in entry
     ]

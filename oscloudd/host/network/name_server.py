@@ -2,20 +2,29 @@
 
 It reads the guests' names from a directory that the kernel tells it of (inotify): a name that
 comes, changes or goes is a file, and costs no process. All else it asks the host's own resolvers.
+Guests that ask for their address by DHCP are told it: `dhcp`.
 """
 
 import functools
 import pwd
 import shutil
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Interface
 from pathlib import Path
 
-from oscloudd.errors import HostError
+from oscloudd.errors import HostError, NotFoundError
 from oscloudd.host.activation import is_service
 from oscloudd.host.commands import run
+from oscloudd.host.network.dhcp import (
+    NamedGuest,
+    build_address,
+    build_dhcp_options,
+    release_address,
+)
 from oscloudd.host.network.interfaces import check_interface_name
-from oscloudd.host.processes import PATH, ProcessIdentity, find_process
+from oscloudd.host.processes import PATH, ProcessIdentity, find_process, open_process
 
 DOMAIN = "oscloud"
 PROGRAM = "dnsmasq"
@@ -28,7 +37,7 @@ class NameServer:
     """Where a network's name server answers, and the directory that is its own."""
 
     bridge: str
-    gateway: IPv4Address
+    gateway: IPv4Interface
     directory: Path
     isolated: bool = False  # asks nobody else
 
@@ -36,6 +45,11 @@ class NameServer:
     def hosts(self) -> Path:
         """The directory of the names: one file a guest."""
         return self.directory / "hosts"
+
+    @property
+    def addresses(self) -> Path:
+        """The directory of what DHCP tells: one file a guest."""
+        return self.directory / "addresses"
 
     @property
     def pid_file(self) -> Path:
@@ -56,9 +70,11 @@ def is_installed() -> bool:
 async def start_name_server(server: NameServer) -> None:
     """Start it; it has its port when this comes back. Raises HostError."""
     try:
-        server.hosts.mkdir(parents=True, exist_ok=True)
-        for directory in (server.directory.parent, server.directory, server.hosts):
+        for directory in (server.hosts, server.addresses):
+            directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(0o755)  # no secret, and to be read without our rights
+        for directory in (server.directory.parent, server.directory):
+            directory.chmod(0o755)
     except OSError as error:
         raise HostError(f"{server.hosts} can't be made: {error.strerror}") from error
     argv = build_name_server(server, _user())
@@ -67,32 +83,71 @@ async def start_name_server(server: NameServer) -> None:
 
 def find_name_server(server: NameServer) -> ProcessIdentity | None:
     """Give the name server that runs, whoever started it; None without one."""
+    identity, command = _find(server)
+    return identity if f"--pid-file={server.pid_file}" in command else None
+
+
+def is_outdated(server: NameServer) -> bool:
+    """Tell whether one runs that an older version of this program has started, or other options."""
+    _, command = _find(server)
+    return f"--pid-file={server.pid_file}" in command and not set(
+        build_name_server(server, _user())
+    ) <= set(command)
+
+
+def _find(server: NameServer) -> tuple[ProcessIdentity | None, list[str]]:
     try:
         identity = find_process(int(server.pid_file.read_text(encoding="ascii")))
         if identity is None:
-            return None
-        command = Path(f"/proc/{identity.pid}/cmdline").read_bytes().split(b"\0")
+            return None, []
+        command = Path(f"/proc/{identity.pid}/cmdline").read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return None
-    return identity if f"--pid-file={server.pid_file}".encode() in command else None
+        return None, []
+    return identity, command.split("\0")
 
 
-def write_name(server: NameServer, number: int, address: str, name: str) -> None:
-    """Have a guest's address found by a name, and by that one only."""
-    server.hosts.mkdir(parents=True, exist_ok=True)
-    path = server.hosts / str(number)
-    text = f"{address} {name}.{DOMAIN} {name}\n"
-    if not path.exists() or path.read_text(encoding="ascii") != text:
-        # dnsmasq leaves names that begin with a dot alone.
-        draft = server.hosts / f".{number}"
-        draft.write_text(text, encoding="ascii")
-        draft.chmod(0o644)
-        draft.rename(path)
+def write_guest(server: NameServer, number: int, guest: NamedGuest) -> None:
+    """Have a guest's addresses found by its name, and by that one only, and told by DHCP."""
+    name = guest.name
+    lines = (f"{address} {name}.{DOMAIN} {name}\n" for address in guest.addresses)
+    _write(server.hosts / str(number), "".join(lines))
+    if _write(server.addresses / str(number), build_address(guest)):
+        _reload(server)
 
 
-def delete_name(server: NameServer, number: int) -> None:
-    """Have a guest's address found no longer; nothing happens when it is not."""
+def delete_guest(server: NameServer, number: int, mac: str, address: str) -> None:
+    """Have a guest neither found nor told anything; nothing happens when it is not known."""
     (server.hosts / str(number)).unlink(missing_ok=True)
+    (server.addresses / str(number)).unlink(missing_ok=True)
+    if _reload(server):
+        with suppress(OSError):  # the bridge has gone, and its guests with it
+            release_address(server.gateway, server.bridge, mac, address)
+
+
+def _write(path: Path, text: str) -> bool:
+    """Have a file say `text`; tells whether it said something else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text(encoding="ascii") == text:
+        return False
+    # dnsmasq leaves names that begin with a dot alone.
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text, encoding="ascii")
+    draft.chmod(0o644)
+    draft.rename(path)
+    return True
+
+
+def _reload(server: NameServer) -> bool:
+    """Have dnsmasq read again who has which address; tells whether there is one."""
+    identity = find_name_server(server)
+    if identity is None:
+        return False
+    with suppress(NotFoundError):
+        process = open_process(identity)
+        process.send_signal(signal.SIGHUP)
+        process.close()
+        return True
+    return False
 
 
 def find_barrier(server: NameServer) -> Path | None:
@@ -123,6 +178,8 @@ def build_name_server(server: NameServer, user: str) -> list[str]:
         # A name without a dot is a guest's or nobody's.
         "--domain-needed",
         *(["--no-resolv"] if server.isolated else []),
+        f"--domain={DOMAIN}",
+        *build_dhcp_options(server.gateway, server.addresses),
     ]
 
 
@@ -135,6 +192,10 @@ def build_names_service(argv: list[str], server: NameServer) -> list[str]:
         f"PIDFile={server.pid_file}",
         "Slice=oscloud.slice",
         f"CapabilityBoundingSet={capabilities}",
+        # What guests can have it do is bounded: 150 questions at once, a process for each of 20
+        # TCP connections, and a cache of 150 names (dnsmasq's own defaults).
+        "MemoryMax=64M",
+        "TasksMax=32",
         "NoNewPrivileges=yes",
         "ProtectSystem=strict",
         "ProtectHome=yes",

@@ -4,44 +4,51 @@ The daemon knows it before the guest does, so the first packet need not ask.
 """
 
 import errno
-import fcntl
 import socket
 import struct
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 from oscloudd.errors import HostError
-from oscloudd.host.network.interfaces import (
-    SIOCDARP,
-    SIOCSARP,
-    check_interface_name,
-    open_control_socket,
-    parse_mac,
+from oscloudd.host.network.interfaces import find_index, parse_mac
+from oscloudd.host.network.netlink import (
+    ACKNOWLEDGE,
+    CREATE,
+    REPLACE,
+    exchange,
+    pack_attribute,
+    pack_message,
 )
 
-# struct arpreq of linux/if_arp.h: protocol address, hardware address, flags, netmask, device.
-_REQUEST = struct.Struct("=HH4s8xH14si16x16s")
-_ARPHRD_ETHER = 1
-_ATF_COM = 0x02
-_ATF_PERM = 0x04
+# linux/rtnetlink.h and neighbour.h
+_NEW, _DELETE = 28, 29
+_TARGET, _HARDWARE = 1, 2
+_PERMANENT = 0x80
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
-def set_neighbour(interface: str, address: IPv4Address, mac: str) -> None:
+def set_neighbour(interface: str, address: IPv4Address | IPv6Address, mac: str) -> None:
     """Say for good that `address` behind `interface` has the hardware address `mac`."""
-    request = _build_request(interface, address, parse_mac(mac), _ATF_COM | _ATF_PERM)
+    hardware = pack_attribute(_HARDWARE, parse_mac(mac))
     try:
-        with open_control_socket() as control:
-            fcntl.ioctl(control, SIOCSARP, request)
+        index = socket.if_nametoindex(interface)
+        body = _pack(index, address, _PERMANENT) + hardware
+        message = pack_message(_NEW, ACKNOWLEDGE | CREATE | REPLACE, body)
+        exchange(socket.NETLINK_ROUTE, message)
     except OSError as error:
         raise HostError(
-            f"neighbour {address} of {interface} can't be set: {error.strerror}"
+            f"neighbour {address} of {interface} can't be set: {error.strerror or error}"
         ) from error
 
 
-def delete_neighbour(interface: str, address: IPv4Address) -> None:
+def delete_neighbour(interface: str, address: IPv4Address | IPv6Address) -> None:
     """Forget what `set_neighbour` said; nothing happens when there is nothing to forget."""
+    index = find_index(interface)
+    if index is None:
+        return
     try:
-        with open_control_socket() as control:
-            fcntl.ioctl(control, SIOCDARP, _build_request(interface, address, bytes(6), 0))
+        message = pack_message(_DELETE, ACKNOWLEDGE, _pack(index, address, 0))
+        exchange(socket.NETLINK_ROUTE, message)
     except OSError as error:
         if error.errno not in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
             raise HostError(
@@ -49,6 +56,6 @@ def delete_neighbour(interface: str, address: IPv4Address) -> None:
             ) from error
 
 
-def _build_request(interface: str, address: IPv4Address, mac: bytes, flags: int) -> bytes:
-    name = check_interface_name(interface)
-    return _REQUEST.pack(socket.AF_INET, 0, address.packed, _ARPHRD_ETHER, mac, flags, name)
+def _pack(index: int, address: IPv4Address | IPv6Address, state: int) -> bytes:
+    header = _NEIGHBOUR.pack(_FAMILIES[address.version], index, state, 0, 0)
+    return header + pack_attribute(_TARGET, address.packed)

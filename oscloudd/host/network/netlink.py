@@ -15,12 +15,16 @@ REQUEST = 0x001
 ACKNOWLEDGE = 0x004
 CREATE = 0x400
 REPLACE = 0x100
-_ERROR = 2
+_DUMP = 0x300
+_ERROR, _DONE = 2, 3
 _NESTED = 0x8000
+_TYPE_MASK = 0x3FFF
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port of the sender
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _RECEIVE_BYTES = 1 << 20
+# The kernel goes on with a list as it is read.
+_LIST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def find_attribute(attributes: bytes, wanted: int) -> bytes | None:
     """Give the value of the first attribute of this type, or None."""
     while len(attributes) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(attributes)
-        if kind == wanted:
+        if kind & _TYPE_MASK == wanted:
             return attributes[_ATTRIBUTE.size : length]
         attributes = attributes[_aligned(length) :]
     return None
@@ -81,6 +85,23 @@ def exchange(protocol: int, *messages: bytes) -> None:
                 _raise_error(line.recv(_RECEIVE_BYTES))
             except BlockingIOError:
                 return
+
+
+def list_messages(protocol: int, request: bytes) -> Iterator[Message]:
+    """Give all that the kernel answers to a request for a list; raises OSError."""
+    length, kind, flags, sequence, port = _HEADER.unpack_from(request)
+    header = _HEADER.pack(length, kind, flags | _DUMP, sequence, port)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as line:
+        line.bind((0, 0))
+        line.settimeout(_LIST_SECONDS)
+        line.send(header + request[_HEADER.size :])
+        while True:
+            data = line.recv(_RECEIVE_BYTES)
+            _raise_error(data)
+            for message in parse_messages(data):
+                if message.kind == _DONE:
+                    return
+                yield message
 
 
 def _raise_error(data: bytes) -> None:

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 from oscloudd.errors import HostError
 from oscloudd.host.commands import run
-from oscloudd.host.network.interfaces import check_interface_name
+from oscloudd.host.network.interfaces import check_interface_name, find_index
 from oscloudd.host.network.netlink import (
     ACKNOWLEDGE,
     exchange,
@@ -130,9 +130,8 @@ def set_route_localnet(interface: str, *, on: bool) -> bool:
 
     By netlink: systemd's ProtectKernelTunables= has the file of it read-only.
     """
-    try:
-        index = socket.if_nametoindex(interface)
-    except OSError:
+    index = find_index(interface)
+    if index is None:
         return False
     value = pack_attribute(_IPV4_DEVCONF_ROUTE_LOCALNET, struct.pack("=I", on))
     inet = pack_nested(socket.AF_INET, pack_nested(_IFLA_INET_CONF, value))

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from oscloudd.errors import ExhaustedError
 from oscloudd.host.commands import run
+from oscloudd.host.network.forwarding import has_ipv6
 from oscloudd.host.network.links import list_links
 
 # A route broader than the largest private range (RFC 1918: 10.0.0.0/8) is a default route, or a
@@ -19,7 +20,7 @@ _SHORTEST_PREFIX = 8
 class Route:
     """A route of the host and the interface it leads to ("" for one that leads nowhere)."""
 
-    network: IPv4Network
+    network: IPv4Network | IPv6Network
     interface: str
 
 
@@ -64,27 +65,36 @@ async def list_foreign_routes(ignored_interfaces: Collection[str] = ()) -> list[
 
 
 async def list_routes() -> list[Route]:
-    """List the IPv4 routes of the host, all tables."""
-    return parse_routes(
-        json.loads(await run(["ip", "-json", "-4", "route", "show", "table", "all"]) or "[]")
-    )
+    """List the routes of the host by both families, all tables."""
+    routes: list[Route] = []
+    for family in ("-4", "-6") if has_ipv6() else ("-4",):
+        shown = await run(["ip", "-json", family, "route", "show", "table", "all"])
+        routes += parse_routes(json.loads(shown or "[]"))
+    return routes
 
 
 def parse_routes(listed: list[dict[str, Any]]) -> list[Route]:
     """Read what `ip -json route` prints."""
     return [
-        Route(IPv4Network(entry["dst"], strict=False), entry.get("dev", ""))
+        Route(ip_network(entry["dst"], strict=False), entry.get("dev", ""))
         for entry in listed
         if entry.get("dst", "default") != "default"
     ]
 
 
-def find_overlap(subnet: IPv4Network, routes: Iterable[Route]) -> Route | None:
+def find_overlap(subnet: IPv4Network | IPv6Network, routes: Iterable[Route]) -> Route | None:
     """Give the first route that `subnet` would get in the way of, or None."""
     for route in routes:
-        if route.network.prefixlen >= _SHORTEST_PREFIX and route.network.overlaps(subnet):
+        if route.network.prefixlen >= _SHORTEST_PREFIX and overlaps(route.network, subnet):
             return route
     return None
+
+
+def overlaps(one: IPv4Network | IPv6Network, other: IPv4Network | IPv6Network) -> bool:
+    """Tell whether two networks have addresses in common."""
+    if isinstance(one, IPv4Network):
+        return isinstance(other, IPv4Network) and one.overlaps(other)
+    return isinstance(other, IPv6Network) and one.overlaps(other)
 
 
 def _find_free(

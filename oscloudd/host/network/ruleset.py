@@ -1,14 +1,14 @@
 """The firewall's text: two tables whose rules are the same however many guests there are.
 
 Pure. The rules are in `tables.nft`; what differs from host to host are the elements of their sets,
-four for each network and five for each guest. Taps and bridges are told by their names, `osctap…`
+up to seven for each network and for each guest. Taps and bridges are told by their names, `osctap…`
 and `oscbr…`, which only guests' have.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 from oscloudd.errors import InvalidArgumentError
@@ -34,20 +34,22 @@ class GuestNetwork:
     subnet: IPv4Network
     isolated: bool = False
     nat: bool = True
+    subnet6: IPv6Network | None = None
 
     @property
-    def gateway(self) -> IPv4Address:
-        """The host's address in it: the first."""
-        return self.subnet.network_address + 1
+    def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """What it has of both families; in each the host has the first address."""
+        return (self.subnet,) if self.subnet6 is None else (self.subnet, self.subnet6)
 
 
 @dataclass(frozen=True)
 class GuestPort:
-    """A guest's tap and the only addresses that may come from it."""
+    """A guest's tap and the only addresses that may come from it, its link-local one beside."""
 
     tap: str
     mac: str
     address: IPv4Address
+    address6: IPv6Address | None = None
 
     @property
     def link_local(self) -> IPv6Address:
@@ -70,17 +72,21 @@ def build_elements(port: GuestPort) -> list[Element]:
     """Give what the sets of the table for frames have to say of one guest."""
     tap = _check(port.tap, _TAP_PREFIX).ljust(_NAME_BYTES, b"\0")
     mac, address = parse_mac(port.mac), port.address
-    link_local = port.link_local
     with_mac = f'"{port.tap}" . {port.mac}'
     # Each part of a key fills whole words of four bytes.
     key = tap + mac + bytes(2)
-    return [
+    elements = [
         Element("macs", with_mac, key),
         Element("addresses", f"{with_mac} . {address}", key + address.packed),
-        Element("addresses6", f"{with_mac} . {link_local}", key + link_local.packed),
-        Element("targets6", f"{with_mac} . {int(link_local):#x}", key + link_local.packed),
         Element("options6", f'"{port.tap}" . 0x{mac.hex()}', key),
     ]
+    for address6 in (port.link_local, port.address6):
+        if address6 is not None:
+            elements += [
+                Element("addresses6", f"{with_mac} . {address6}", key + address6.packed),
+                Element("targets6", f"{with_mac} . {int(address6):#x}", key + address6.packed),
+            ]
+    return elements
 
 
 def build_ruleset(networks: Iterable[GuestNetwork], ports: Iterable[GuestPort]) -> str:
@@ -108,17 +114,17 @@ def build_removal() -> str:
 
 def _network_elements(network: GuestNetwork) -> list[tuple[str, str]]:
     bridge = f'"{network.bridge}"'
-    elements = [
-        ("within", f"{bridge} . {bridge}"),
-        ("gateways", f"{bridge} . {network.gateway}"),
-        ("subnets", f"{bridge} . {network.subnet}"),
-    ]
+    elements = [("within", f"{bridge} . {bridge}")]
     if network.isolated:
         elements.append(("isolated", bridge))
-    elif network.nat:
-        elements.append(("masked", str(network.subnet)))
-    else:
+    elif not network.nat:
         elements.append(("routed", bridge))
+    for subnet in network.subnets:
+        family = "6" if subnet.version == 6 else ""
+        elements.append((f"gateways{family}", f"{bridge} . {subnet.network_address + 1}"))
+        elements.append((f"subnets{family}", f"{bridge} . {subnet}"))
+        if network.nat and not network.isolated:
+            elements.append((f"masked{family}", str(subnet)))
     return elements
 
 

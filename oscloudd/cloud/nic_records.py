@@ -1,0 +1,199 @@
+"""The network cards of vms as the database has them.
+
+A vm's first card, in slot 0, is in the vm's own row; the others have rows of theirs, and are in
+the ports that data disks are plugged into, too. All that reads rows is for inside a transaction.
+"""
+
+from functools import cache, lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from oscloudd.cloud.allocation import address6_of
+from oscloudd.store.models import Network, Nic, Vm, database_proxy
+
+FIRST_SLOT = 0
+
+
+class NicRecord(msgspec.Struct, frozen=True):
+    """One network card of a vm, with what belongs to its network; `id` is None for the first."""
+
+    id: int | None
+    slot: int
+    network_id: int
+    network: str
+    network_ip: str
+    network_mask: int
+    network_subnet6: str | None
+    bridge_index: int
+    ip: str
+    mac: str
+    tap_index: int
+    dual_stack: int  # 0 or 1: whether the vm's guest takes IPv6 addresses in
+
+    @property
+    def subnet(self) -> IPv4Network:
+        """The subnet of its network."""
+        return parse_subnet(self.network_ip, self.network_mask)
+
+    @property
+    def address6(self) -> IPv6Address | None:
+        """Its IPv6 address, if it has one."""
+        return _find_address6(self)
+
+    @property
+    def addresses(self) -> list[IPv4Address | IPv6Address]:
+        """All its addresses, of either family."""
+        return _list_addresses(self)
+
+    @property
+    def tap(self) -> str:
+        """The name of its network interface on the host."""
+        return f"osctap{self.tap_index}"
+
+    @property
+    def bridge(self) -> str:
+        """The bridge the tap is a port of."""
+        return f"oscbr{self.bridge_index}"
+
+
+@cache
+def _statement(key: Literal["vm"] | None) -> str:
+    # As for vms: peewee takes far longer to write it than the database to answer.
+    query = (
+        Nic.select(
+            Nic.vm,
+            Nic.id,
+            Nic.slot,
+            Network.id,
+            Network.name,
+            Network.ip,
+            Network.mask,
+            Network.subnet6,
+            Network.bridge_interface_idx,
+            Nic.ip,
+            Nic.mac,
+            Nic.tap_interface_idx,
+            Vm.dual_stack,
+        )
+        .join(Network)
+        .switch(Nic)
+        .join(Vm)
+        .order_by(Nic.vm, Nic.slot)
+    )
+    if key is not None:
+        query = query.where(Nic.vm == 0)
+    return str(query.sql()[0])
+
+
+def read_other_nics(vm_id: int) -> tuple[NicRecord, ...]:
+    """Read the cards a vm has beside its first one, by slot."""
+    rows = database_proxy.execute_sql(_statement("vm"), (vm_id,))
+    return tuple(NicRecord(*row[1:]) for row in rows)
+
+
+def read_all_other_nics() -> dict[int, list[NicRecord]]:
+    """Read the cards that vms have beside their first ones, by vm."""
+    found: dict[int, list[NicRecord]] = {}
+    for vm_id, *row in database_proxy.execute_sql(_statement(None)):
+        found.setdefault(vm_id, []).append(NicRecord(*row))
+    return found
+
+
+class OwnedNic(NamedTuple):
+    """One card, and what its vm is; its addresses are those of `NicRecord`."""
+
+    vm_id: int
+    vm: str
+    vm_state: str
+    bandwidth: int  # bits a second, 0 for any
+    network_id: int
+    network_ip: str
+    network_mask: int
+    network_subnet6: str | None
+    bridge_index: int
+    ip: str
+    mac: str
+    tap_index: int
+    dual_stack: int
+
+    @property
+    def address6(self) -> IPv6Address | None:
+        """Its IPv6 address, if it has one."""
+        return _find_address6(self)
+
+    @property
+    def addresses(self) -> list[IPv4Address | IPv6Address]:
+        """All its addresses, of either family."""
+        return _list_addresses(self)
+
+    @property
+    def bridge(self) -> str:
+        """The bridge its tap is a port of."""
+        return f"oscbr{self.bridge_index}"
+
+    @property
+    def tap(self) -> str:
+        """The name of its network interface on the host."""
+        return f"osctap{self.tap_index}"
+
+
+def read_owned_nics(network_id: int | None = None) -> list[OwnedNic]:
+    """Read every card of every vm, by vm; or those in one network."""
+    found: list[OwnedNic] = []
+    for table in (Vm, Nic):
+        query = table.select(
+            Vm.id,
+            Vm.name,
+            Vm.state,
+            Vm.bandwidth,
+            Network.id,
+            Network.ip,
+            Network.mask,
+            Network.subnet6,
+            Network.bridge_interface_idx,
+            table.ip,
+            table.mac,
+            table.tap_interface_idx,
+            Vm.dual_stack,
+        ).join(Network, on=(Network.id == table.network))
+        if table is Nic:
+            query = query.switch(Nic).join(Vm)
+        if network_id is not None:
+            query = query.where(table.network == network_id)
+        found += [OwnedNic(*row) for row in query.tuples()]
+    return sorted(found)
+
+
+def forget_nics(vm_id: int) -> None:
+    """Remove the rows of a vm's cards beside its first."""
+    Nic.delete().where(Nic.vm == vm_id).execute()
+
+
+def forget_nic(nic_id: int) -> None:
+    """Remove the row of one card; may be called again."""
+    Nic.delete().where(Nic.id == nic_id).execute()
+
+
+def _find_address6(nic: NicRecord | OwnedNic) -> IPv6Address | None:
+    if not nic.dual_stack or nic.network_subnet6 is None:
+        return None
+    subnet = parse_subnet(nic.network_ip, nic.network_mask)
+    return _address6(nic.network_subnet6, subnet, nic.ip)
+
+
+def _list_addresses(nic: NicRecord | OwnedNic) -> list[IPv4Address | IPv6Address]:
+    address = IPv4Address(nic.ip)
+    return [address] if nic.address6 is None else [address, nic.address6]
+
+
+@cache
+def parse_subnet(network_ip: str, prefix_length: int) -> IPv4Network:
+    """Give the subnet that a network's row has in two columns."""
+    return IPv4Network(f"{network_ip}/{prefix_length}")
+
+
+@lru_cache(maxsize=4096)
+def _address6(subnet6: str, subnet: IPv4Network, ip: str) -> IPv6Address:
+    return address6_of(IPv6Network(subnet6), subnet, IPv4Address(ip))
