@@ -119,6 +119,19 @@ def test_a_disk_on_a_template_is_whole_afterwards(box: Box) -> None:
     assert contents(box, "data") == RAW + bytes(MIB)
 
 
+@pytest.mark.parametrize("new_identity", [False, True])
+def test_cards_come_into_the_ports_that_disks_leave(box: Box, *, new_identity: bool) -> None:
+    make_disks(box)
+    box.call("network_create", name="lab", subnet="10.20.0.0/24")
+    vm = box.call("nic_add", vm="web", network="lab")
+    assert [nic["slot"] for nic in vm["nics"]] == [0, 2]
+    content, _answer = export(box, "vm_export", vm="web")
+    delete_all(box)
+    taken = take(box, content, new_identity=new_identity)
+    assert [nic["slot"] for nic in taken["nics"]] == [0, 2]
+    assert box.call("vm_start", vm="web", wait=False)
+
+
 def test_what_has_nothing_new_in_it_is_as_it_always_was(box: Box, archive: bytes) -> None:
     stopped(box)
     content, _answer = export(box, "vm_export", vm="web")
@@ -127,11 +140,17 @@ def test_what_has_nothing_new_in_it_is_as_it_always_was(box: Box, archive: bytes
     assert "firmware" not in manifest["template"]
 
 
+def card(number: int) -> dict[str, str]:
+    return {"network": f"lab{number}", "ip": "10.20.0.2", "mac": f"52:54:00:00:00:{number:02x}"}
+
+
 def bad_archives(good: bytes) -> Iterator[tuple[str, bytes]]:
     """Give what is refused, and a piece of the reason."""
     members = members_of(good)
     manifest, root, first, third, sums = members
     disks = manifest_of(good)["disks"]
+    cards = [card(number) for number in range(7)]
+    yield "7 further network cards and 2 data disks", build(members, vm={"nics": cards})
     for key, value, words in (
         ("slot", 0, "slots 1 to 8"), ("slot", 9, "slots 1 to 8"), ("slot", 3, "slots 1 to 8"),
         ("slot", -1, "slots 1 to 8"), ("slot", 2, "other files"), ("slot", "1", "can't be read"),

@@ -94,6 +94,20 @@ def test_a_vm_with_cloud_init_becomes_a_template(box: Box) -> None:
     assert "each of its disks is somebody's already" in refused.value.message
 
 
+def test_a_vm_on_the_disk_of_another_with_cloud_init_lets_its_owner_in_no_more(box: Box) -> None:
+    send(box, "vendor", GOOD)
+    box.call("disk_create", name="left", template="vendor", size="64M")
+    forgets = []
+    for name in ("web", "heir"):
+        created = {"name": name, "disk": "left", "mem_size": "128M", "wait": "started"}
+        vm = box.call("vm_create", **created)
+        seed = (box.root / "state/disks" / str(vm["disk"]) / "seed.iso").read_bytes()
+        forgets.append(b"forget_access=1" in seed)
+        assert (re.search(rb"machine_id=[0-9a-f]{32}", seed) is not None) == forgets[-1]
+        box.call("vm_delete", vm=name, force=True)
+    assert forgets == [False, True]
+
+
 def test_what_can_not_be_published_is_refused(box: Box) -> None:
     vm = prepare(box)
     box.call("vm_publish", vm="web", template="mine")

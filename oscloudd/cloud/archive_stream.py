@@ -100,7 +100,7 @@ class ArchiveStream:
         size = await self._expect(name, None)
         if size > most_bytes:
             raise InvalidArgumentError(f"its {name} has more than {most_bytes} bytes")
-        content = b"".join([chunk async for chunk in self._chunks(size)])
+        content = await self._take(size)
         await self._take(len(padding(size)))
         return content
 
@@ -114,7 +114,10 @@ class ArchiveStream:
         return size
 
     async def _take(self, size_bytes: int) -> bytes:
-        return b"".join([chunk async for chunk in self._chunks(size_bytes)])
+        taken = bytearray()  # a chunk may be a single byte, and an object of its own has 34
+        async for chunk in self._chunks(size_bytes):
+            taken += chunk
+        return bytes(taken)
 
     async def _chunks(self, size_bytes: int) -> AsyncIterator[bytes]:
         """Give the next so many bytes, as they come."""

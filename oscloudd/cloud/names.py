@@ -100,10 +100,9 @@ class Names:
         """
         if self.is_available:
             for nic in vm.nics:
-                address6 = None if nic.address6 is None else str(nic.address6)
                 has_route = nic.slot == FIRST_SLOT
                 name = hostname_of(vm.name)
-                guest = NamedGuest(nic.mac, nic.ip, address6, name, has_route)
+                guest = NamedGuest(nic.mac, nic.ip, nic.ip6, name, has_route)
                 write_guest(self._server_of(nic), vm.id, guest)
 
     def forget(self, vm: VmRecord, nics: Iterable[NicRecord] | None = None) -> None:
@@ -153,9 +152,16 @@ class Names:
         index = find_index(server.bridge)
         if self._host_knows.get(server.bridge) != index and can_find_guests():
             self._host_knows[server.bridge] = index
-            telling = asyncio.create_task(_tell_host(server), name=f"names of {server.bridge}")
+            telling = asyncio.create_task(self._lead(server), name=f"names of {server.bridge}")
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)
+
+    async def _lead(self, server: NameServer) -> None:
+        try:
+            await lead_to_guests(server.bridge, server.gateway.ip)
+        except CloudError as error:
+            self._host_knows.pop(server.bridge, None)  # the next vm's start tries again
+            _log.warning("this host does not find guests by name: %s", error.message)
 
     def _server_of(self, nic: NicRecord) -> NameServer:
         return self.server(nic.bridge, nic.subnet)
@@ -205,13 +211,6 @@ class Names:
             await process.wait_exit(None)
         finally:
             process.close()
-
-
-async def _tell_host(server: NameServer) -> None:
-    try:
-        await lead_to_guests(server.bridge, server.gateway)
-    except CloudError as error:
-        _log.warning("this host does not find guests by name: %s", error.message)
 
 
 async def _end(server: NameServer) -> None:

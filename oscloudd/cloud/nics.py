@@ -73,7 +73,7 @@ class Nics:
         # The bridge and its rules first: the guest has been using them all the while.
         await self.bring_up_networks(vm, checked_within_seconds=checked_within_seconds)
         rejoin(vm.nics[0])
-        there = numbers_in_use("osctap")
+        there = numbers_in_use("osctap") if vm.other_nics else set()
         for nic in vm.other_nics:
             # One that is still to be plugged in has none.
             if nic.tap_index in there:

@@ -5,12 +5,12 @@ import logging
 from collections.abc import Sequence
 
 from oscloudd.cloud.keeping import keep_as_it_was
-from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.errors import HostError
 from oscloudd.host.network.links import numbers_in_use
 from oscloudd.host.network.nft_events import TableEvents
 from oscloudd.host.network.rates import TABLE, apply_rates
 from oscloudd.store.database import Database
+from oscloudd.store.models import Nic, Vm
 
 _log = logging.getLogger(__name__)
 
@@ -60,4 +60,10 @@ def _limit_taps(rates: Sequence[tuple[int, int]]) -> dict[str, int]:
 
 
 def _read_rates() -> list[tuple[int, int]]:
-    return [(nic.tap_index, nic.bandwidth) for nic in read_owned_nics() if nic.bandwidth]
+    rates: list[tuple[int, int]] = []
+    for query in (
+        Vm.select(Vm.tap_interface_idx, Vm.bandwidth),
+        Nic.select(Nic.tap_interface_idx, Vm.bandwidth).join(Vm),
+    ):
+        rates += list(query.where(Vm.bandwidth > 0).tuples())
+    return rates

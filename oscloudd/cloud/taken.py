@@ -107,11 +107,13 @@ def allocate(
     host_ports: set[int],
     *,
     others: Sequence[NicRequest] = (),
+    slots: Sequence[int] = range(FIRST_SLOT + 1, MOST_NICS),
     tap_index: int | None = None,
 ) -> Given:
     """Choose in a transaction what nobody has, `tap_index` where that is given.
 
-    Raises what `allocate_address` does, NotFoundError and InvalidArgumentError.
+    The `others` come into the first of `slots`, of which there are enough. Raises what
+    `allocate_address` does, NotFoundError and InvalidArgumentError.
     """
     taps = taken_taps()
     serial_ports = {port for (port,) in Vm.select(Vm.qemu_serial_port).tuples()}
@@ -121,7 +123,7 @@ def allocate(
     given: list[GivenNic] = []
     networks = {network.id}
     taps.add(first_tap)
-    for slot, request in enumerate(others, FIRST_SLOT + 1):
+    for slot, request in zip(slots, others, strict=False):
         found = read_network(request.network)
         if found.id in networks:
             raise InvalidArgumentError(

@@ -35,6 +35,8 @@ _MEMBERS = (KERNEL, INITRD, SEED, VARIABLES, DISK)
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_SUMS_BYTES = 4096
 MAX_DISK_BYTES = 1 << 40
+# A qcow2 that is full has its tables besides: 8 bytes and 2 for each cluster of 64 KiB.
+_MAX_IMAGE_BYTES = MAX_DISK_BYTES + (MAX_DISK_BYTES >> 8)
 # Debian's largest kernel and initrd have 80 MB; our seeds 0.4. qemu takes 8 MiB of flash.
 _MOST_BYTES = {KERNEL: 256 << 20, INITRD: 1 << 30, SEED: 64 << 20, VARIABLES: 8 << 20}
 _SECTOR_BYTES = 512
@@ -174,7 +176,7 @@ def parse_manifest(text: bytes) -> Manifest:
     if names != [name for name in possible if name in names] or not needed <= set(names):
         raise InvalidArgumentError(f"its manifest names other files than a vm has: {names!r:.200}")
     for member in manifest.members:
-        if not 0 <= member.size <= _MOST_BYTES.get(member.name, MAX_DISK_BYTES):
+        if not 0 <= member.size <= _MOST_BYTES.get(member.name, _MAX_IMAGE_BYTES):
             raise InvalidArgumentError(f"{member.name} in it has an impossible size")
     return manifest
 

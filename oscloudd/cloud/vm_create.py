@@ -346,11 +346,16 @@ class VmCreator:
             tap_index=None if spare is None else spare.tap_index,
         )
         has_ipv6 = takes_ipv6(template)
+        there = None if request.disk is None else read_disk(request.disk)
         access = Access(
             hash_password(request.password),
             request.ssh_keys,
             is_kept=original is not None,
-            is_copy=original is not None or template.has_identity,
+            is_copy=(
+                original is not None
+                or template.has_identity
+                or (there is not None and bool(there.has_identity))
+            ),
         )
         identity = draw_identity(
             request.name, network, given, key, access, uuid_hex=unique.hex,
@@ -362,8 +367,7 @@ class VmCreator:
         document = _document_for(identity, str(unique), warm, told_by)
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
-        if request.disk is not None:
-            there = read_disk(request.disk)
+        if there is not None:
             check_can_boot(there, takes_identity_once=told_by == "serial")
             disk_id = there.id
         else:

@@ -252,8 +252,9 @@ class VmImporter:
             error.hint = "say which one it is to be in: --network"
             raise
         check_name_is_free(settings.name)
+        slots = _free_slots(settings, disks)
         if key is None:
-            given = _claim(settings, network, self._ports.host_ports())
+            given = _claim(settings, network, self._ports.host_ports(), slots)
             vm = _insert_rows(settings, given, network, template, owner_uid, dual_stack=False)
             return _Made(vm, _insert_disks(vm, disks), {})
         told_by = template.declaration.guest.identity
@@ -263,7 +264,7 @@ class VmImporter:
         if by_serial and template.kernel is None:
             raise InvalidArgumentError("its guest can't be told: it boots with a kernel of its own")
         others = [NicRequest(nic.network) for nic in settings.nics]
-        given = allocate(network, None, self._ports.host_ports(), others=others)
+        given = allocate(network, None, self._ports.host_ports(), others=others, slots=slots)
         unique = draw_uuid()
         has_ipv6 = takes_ipv6(template)
         identity = draw_identity(
@@ -301,7 +302,6 @@ def _check_settings(vm: ExportedVm, request: VmImportRequest) -> ExportedVm:
     checks = {
         "uuid": _UUID.fullmatch(vm.uuid),
         "mac": all(map(_MAC.fullmatch, macs)) and len({*macs}) == len(macs),
-        "nics": len(vm.nics) <= PORTS,
         "cpus": 1 <= vm.cpus <= MAX_CPUS,
         "host_keys": len(keys) <= _MOST_KEYS,
         "seed_document": _DOCUMENT.fullmatch(vm.seed_document),
@@ -331,11 +331,28 @@ def _check_firmware(manifest: Manifest) -> None:
         )
 
 
-def _claim(settings: ExportedVm, network: NetworkRecord, host_ports: set[int]) -> Given:
+def _free_slots(settings: ExportedVm, disks: list[ExportedDisk]) -> list[int]:
+    """Give the slots that its data disks leave to its further cards; raises where that is too few.
+
+    The manifest does not say which slots those had.
+    """
+    taken = {disk.slot for disk in disks}
+    free = [slot for slot in range(1, PORTS + 1) if slot not in taken]
+    if len(settings.nics) > len(free):
+        raise InvalidArgumentError(
+            f"it has {len(settings.nics)} further network cards and {len(disks)} data disks in its "
+            f"manifest, and a vm has {PORTS} of both at most"
+        )
+    return free
+
+
+def _claim(
+    settings: ExportedVm, network: NetworkRecord, host_ports: set[int], slots: list[int]
+) -> Given:
     """Give a vm what it had, in a transaction; raises InUseError where another has it."""
     try:
         others = [NicRequest(nic.network, nic.ip) for nic in settings.nics]
-        given = allocate(network, settings.ip, host_ports, others=others)
+        given = allocate(network, settings.ip, host_ports, others=others, slots=slots)
     except (InUseError, InvalidArgumentError) as error:
         error.hint = _KEPT
         raise

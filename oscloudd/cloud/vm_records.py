@@ -7,7 +7,6 @@ its transaction would ask the database again, from the wrong thread.
 import time
 from collections.abc import Iterable
 from functools import cache
-from ipaddress import IPv6Address
 from typing import Any, Literal
 
 import msgspec
@@ -271,8 +270,8 @@ def _record(row: Iterable[Any], other_nics: tuple[NicRecord, ...]) -> VmRecord:
 def describe(vm: VmRecord) -> VmInfo:
     """Give what users are shown."""
     running = vm.started_at is not None and vm.pid is not None
-    nics = vm.nics
-    first = nics[0]
+    first = vm.nics[0]
+    nics = [NicInfo(nic.slot, nic.network, nic.ip, nic.ip6, nic.mac, nic.tap) for nic in vm.nics]
     return VmInfo(
         id=vm.id,
         name=vm.name,
@@ -282,7 +281,7 @@ def describe(vm: VmRecord) -> VmInfo:
         os=vm.template,
         network=vm.network,
         ip=vm.ip,
-        ip6=_text(first.address6),
+        ip6=nics[0].ip6,
         gateway=str(gateway_of(first.subnet)),
         mac=vm.mac,
         mem_size=vm.mem_size,
@@ -305,12 +304,5 @@ def describe(vm: VmRecord) -> VmInfo:
         timings=msgspec.json.decode(vm.timings, type=dict[str, float]),
         ports=sorted(vm.ports.split(",")) if vm.ports else [],
         bandwidth=vm.bandwidth or None,
-        nics=[
-            NicInfo(nic.slot, nic.network, nic.ip, _text(nic.address6), nic.mac, nic.tap)
-            for nic in nics
-        ],
+        nics=nics,
     )
-
-
-def _text(address: IPv6Address | None) -> str | None:
-    return None if address is None else str(address)

@@ -473,9 +473,10 @@ def _leave_layers(vm: VmRecord) -> list[int]:
 
 def _forget(vm_id: int) -> None:
     """Remove a vm's rows and say that it is gone, inside a transaction."""
-    row = Vm.select(Vm.name, Vm.disk, Vm.identified).where(Vm.id == vm_id).tuples().first()
+    columns = (Vm.name, Vm.disk, Vm.identified, Vm.seed_document)
+    row = Vm.select(*columns).where(Vm.id == vm_id).tuples().first()
     if row is not None:
-        name, disk_id, identified = row
+        name, disk_id, identified, document = row
         write_gone(vm_id, name)
         Snapshot.delete().where(Snapshot.vm == vm_id).execute()
         forget_nics(vm_id)
@@ -483,5 +484,6 @@ def _forget(vm_id: int) -> None:
         its = (Disk.id == disk_id) | (Disk.vm_id == vm_id)
         Disk.delete().where(its, Disk.is_kept == 0).execute()
         Disk.update(vm_id=None, slot=None).where(Disk.vm_id == vm_id).execute()
-        if identified:
+        # Without a document it was told by its seed, and may have taken that in at once.
+        if identified or not document:
             Disk.update(has_identity=True).where(Disk.id == disk_id).execute()

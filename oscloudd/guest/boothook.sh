@@ -36,7 +36,9 @@ install_greeting() {
 
 # On a disk that has been another guest's; who may log in now, cloud-init writes down after this.
 forget_access() {
-    [ -z "$forget_access" ] || rm -f /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys
+    [ -n "$forget_access" ] || return 0
+    echo "root:*" | chpasswd -e || return 1
+    cut -d : -f 6 /etc/passwd | while read -r home; do rm -f "$home/.ssh/authorized_keys"; done
 }
 
 # Of a disk that has been another guest's; systemd reads it at the next boot.

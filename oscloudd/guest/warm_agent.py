@@ -291,13 +291,13 @@ def find_channel() -> Path:
 
 def receive(channel: int) -> str:
     """Read all that a clone is told."""
-    text = ""
-    while not text.endswith("\nreturn\n"):
+    text = b""
+    while not text.endswith(b"\nreturn\n"):
         piece = os.read(channel, 65536)
         if not piece:  # nobody has it open
             time.sleep(0.1)
-        text += piece.decode()
-    return text
+        text += piece
+    return text.decode()
 
 
 def be_told(guest: Guest, channel: int, sshd: int | None) -> dict[str, str]:
