@@ -76,6 +76,50 @@ def test_killed_while_merging(box: ZygoteBox, at: Any, when: Any) -> None:
     assert deaths > 0
 
 
+def kill_in_three(box: ZygoteBox, death: Death) -> bool:
+    """Have a daemon die there that is left two pairs, of which the upper one is half done.
+
+    The snapshot below it was deleted while that pair was merged. False if that daemon came to rest.
+    """
+    vm = box.call("vm_info", vm="web")
+    lowest, middle, top = (f"s{number}" for number in itertools.islice(numbers, 3))
+    box.call("snapshot_create", vm="web", name="last")
+    box.call("snapshot_delete", vm="web", snapshot="last")
+    contents = {name: take(box, vm, int(name[1:])) for name in (lowest, middle, top)}
+    before = disk_of(box, vm), written(box)
+    # The first pair is the lowest layer and that of before.
+    second = Death("renaming", 2, "after")
+    _question, died = ask_to_die(box, second, "snapshot_delete", vm="web", snapshot=middle)
+    assert died
+    wait_for_death(box)
+    assert len(box.rows("SELECT id FROM layer")) == 3
+    box.rows("DELETE FROM snapshot WHERE name = ?", lowest)
+    died = not (box.start_or_die(death) and settle_or_die(box)) or is_dead(box)
+    if died:
+        wait_for_death(box)
+        box.start()
+        settle(box)
+    check_accounted(box)
+    assert layers_of(box, vm) == 1
+    assert snapshots_of(box) == {top: contents[top]}
+    assert (disk_of(box, vm), written(box)) == before
+    run_again(box)
+    box.call("snapshot_delete", vm="web", snapshot=top)
+    return died
+
+
+@pytest.mark.parametrize(
+    ("at", "when", "stride"),
+    [("transaction", "after", STRIDE), ("renaming", "before", 1), ("renaming", "after", 1)],
+)
+def test_what_is_half_done_is_written_down_before_what_is_below_it_goes(
+    box: ZygoteBox, at: Any, when: Any, stride: int
+) -> None:
+    deaths = count_deaths(lambda number: kill_in_three(box, Death(at, number, when)), stride)
+    print(f"killed {when} {deaths} {at}(s)")
+    assert deaths > 0
+
+
 def test_killed_at_transactions_of_the_recovery(box: ZygoteBox) -> None:
     def kill(number: int) -> bool:
         return kill_at(box, RENAMED, Death("transaction", number, "after"))

@@ -199,22 +199,23 @@ def test_an_older_copy_of_the_database_does_not_find_what_was_merged(box: Box) -
     assert box.call("vm_start", vm="web")["state"] == "RUNNING"
 
 
-@pytest.mark.parametrize("trouble", ["no room", "damaged", "missing"])
+@pytest.mark.parametrize("trouble", ["no room", "damaged", "missing", "missing above"])
 def test_what_can_not_be_merged_stays(box: Box, trouble: str) -> None:
     vm = settled(box, "web")
     contents = [take(box, vm, number) for number in (1, 2, 3)]
     config = box.root / "oscloud.toml"
     told = config.read_text()
-    lower = box.root / "state/layers/1/disk.qcow2"
+    # What a layer further up says that it stands on must be known, too.
+    layer = box.root / f"state/layers/{3 if trouble == 'missing above' else 1}/disk.qcow2"
     if trouble == "no room":
         box.end()
         config.write_text(told.replace("[warm]", '[limits]\nmin_free_disk = "900T"\n[warm]'))
         box.start()
     elif trouble == "damaged":
-        whole = lower.read_bytes()
-        lower.write_bytes(whole[: 1 << 16] + bytes(1 << 16) + whole[2 << 16 :])
+        whole = layer.read_bytes()
+        layer.write_bytes(whole[: 1 << 16] + bytes(1 << 16) + whole[2 << 16 :])
     else:
-        lower.rename(box.root / "kept")
+        layer.rename(box.root / "kept")
     pid = box.call("vm_info", vm="web")["pid"]
     assert box.call("snapshot_delete", vm="web", snapshot="s1")["kept"]
     assert tree(box) == {"s2": None, "s3": "s2"}
@@ -226,9 +227,9 @@ def test_what_can_not_be_merged_stays(box: Box, trouble: str) -> None:
         config.write_text(told)
         box.start()
     elif trouble == "damaged":
-        lower.write_bytes(whole)
+        layer.write_bytes(whole)
     else:
-        (box.root / "kept").rename(lower)
+        (box.root / "kept").rename(layer)
     box.call("snapshot_delete", vm="web", snapshot="s2")
     assert layers(box) == [3]
     assert snapshots_of(box) == {"s3": contents[2]}

@@ -15,12 +15,18 @@ from pathlib import Path
 from oscloudd.cloud.disk_chain import check_frozen, disk_chain, stands_on
 from oscloudd.cloud.jobs import Job
 from oscloudd.cloud.layer_chains import LayerChains
-from oscloudd.cloud.layers import find_mergeable, layer_disk, read_chain, record_merged
+from oscloudd.cloud.layers import (
+    find_mergeable,
+    find_pairs_above,
+    layer_disk,
+    read_chain,
+    record_merged,
+)
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, ExhaustedError
-from oscloudd.host.image_chain import OpenLayer, measure, open_chain
+from oscloudd.host.image_chain import Layer, OpenLayer, measure, open_chain
 from oscloudd.host.merging import merge
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.host.users import resolve_qemu_user
@@ -53,14 +59,14 @@ class LayerMerger:
             while pairs := [each for each in await self._find(vm) if each not in left]:
                 upper, lower = pairs[0]
                 try:
-                    if await self._merge(vm, upper, lower, job):
-                        continue
+                    half_done = await self._find_half_done(upper)
+                    await self._merge(vm, *(half_done or pairs[0]), job)
                 except CloudError as error:
                     _log.warning(
                         "vm %d (%s): layer %d stays below layer %d for now: %s",
                         vm.id, vm.name, lower, upper, error.message,
                     )  # fmt: skip
-                left.add(pairs[0])
+                    left.add(pairs[0])
 
     async def _find(self, vm: VmRecord) -> list[tuple[int, int]]:
         def find() -> list[tuple[int, int]]:
@@ -69,7 +75,21 @@ class LayerMerger:
 
         return await self._database.run_when_available(find)
 
-    async def _merge(self, vm: VmRecord, upper: int, lower: int, job: Job) -> bool:
+    async def _find_half_done(self, layer_id: int) -> tuple[int, int] | None:
+        """Give a pair above a layer that is one by what its upper one says, and two by the rows.
+
+        That names what is below the pair, which must have a row until this is written down. Raises
+        HostError when it can't be told.
+        """
+        pairs = await self._database.run_when_available(lambda: find_pairs_above(layer_id))
+
+        def is_half_done(pair: tuple[int, int]) -> bool:
+            upper, lower = (Layer(layer_disk(self._config, each), "qcow2") for each in pair)
+            return not stands_on(upper, lower)
+
+        return await asyncio.to_thread(lambda: next(filter(is_half_done, pairs), None))
+
+    async def _merge(self, vm: VmRecord, upper: int, lower: int, job: Job) -> None:
         what = f"layer {lower} into layer {upper}"
         job.report("merging", what)
         layers = await self._database.run_when_available(lambda: read_chain(upper))
@@ -87,10 +107,8 @@ class LayerMerger:
                     self._user,
                     on_fraction=lambda done: job.report("merging", what, done),
                 )
-        if not await self._database.run_when_available(lambda: record_merged(upper, lower)):
-            return False
-        await self._chains.remove([lower])
-        return True
+        if await self._database.run_when_available(lambda: record_merged(upper, lower)):
+            await self._chains.remove([lower])
 
     async def _check_room(self, directory: Path, opened: Sequence[OpenLayer]) -> None:
         """Raise ExhaustedError unless there is room for the two as one, and a copy of the upper.

@@ -51,11 +51,9 @@ def read_chain(layer_id: int | None) -> list[int]:
 
 def find_unneeded_layers() -> list[int]:
     """Give the layers that nothing stands on; children first."""
-    disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
-    snapshots = Snapshot.select(Snapshot.layer)
     parents = read_parents()
     needed: set[int] = set()
-    for (top,) in [*disks.tuples(), *snapshots.tuples()]:
+    for top in _read_tops():
         needed.update(follow(top, parents))
     rows = Layer.select(Layer.id).where(Layer.whole).order_by(Layer.id.desc()).tuples()
     return [layer_id for (layer_id,) in rows if layer_id not in needed]
@@ -68,10 +66,7 @@ def find_mergeable(layer_id: int | None) -> list[tuple[int, int]]:
     """
     parents = read_parents()
     root = follow(layer_id, parents)[-1:]
-    needed = {each for (each,) in Snapshot.select(Snapshot.layer).tuples()}
-    disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
-    needed.update(each for (each,) in disks.tuples())
-    whole = {each for (each,) in Layer.select(Layer.id).where(Layer.whole).tuples()}
+    needed, whole = _read_tops(), _read_whole()
     dependants = Counter(parents.values())
     pairs = [
         (len(follow(upper, parents)), upper, lower)
@@ -85,12 +80,28 @@ def find_mergeable(layer_id: int | None) -> list[tuple[int, int]]:
     return [(upper, lower) for _depth, upper, lower in sorted(pairs)]
 
 
+def find_pairs_above(layer_id: int) -> list[tuple[int, int]]:
+    """Give the layers that stand on one, at whatever distance, each with that right below it."""
+    parents, whole = read_parents(), _read_whole()
+    return sorted(
+        (upper, lower)
+        for upper, lower in parents.items()
+        if lower is not None and upper in whole and layer_id in follow(lower, parents)
+    )
+
+
 def record_merged(upper: int, lower: int) -> bool:
-    """Write down that the upper of a pair has all of the lower one; False if that is needed now."""
+    """Write down that the upper of a pair has all of the lower one; tell whether that goes.
+
+    It stays where something else has come to stand on it meanwhile.
+    """
     parents = read_parents()
-    if lower not in parents or (upper, lower) not in find_mergeable(lower):
+    if parents.get(upper) != lower:  # deleted meanwhile
         return False
-    Layer.update(parent=parents[lower]).where(Layer.id == upper).execute()
+    Layer.update(parent=parents.pop(lower)).where(Layer.id == upper).execute()
+    del parents[upper]
+    if lower in _read_tops() or lower in parents.values():
+        return False
     forget_layers([lower])
     return True
 
@@ -104,6 +115,17 @@ def forget_layers(layer_ids: Iterable[int]) -> None:
 def read_parents() -> dict[int, int | None]:
     """Give what each layer stands on."""
     return dict(Layer.select(Layer.id, Layer.parent).tuples())
+
+
+def _read_tops() -> set[int]:
+    """Give the layers that a disk stands on, and those that have a name."""
+    disks = Disk.select(Disk.layer_id).where(Disk.layer_id.is_null(is_null=False))
+    snapshots = Snapshot.select(Snapshot.layer)
+    return {each for (each,) in [*disks.tuples(), *snapshots.tuples()]}
+
+
+def _read_whole() -> set[int]:
+    return {each for (each,) in Layer.select(Layer.id).where(Layer.whole).tuples()}
 
 
 def follow(layer_id: int | None, parents: dict[int, int | None]) -> list[int]:
