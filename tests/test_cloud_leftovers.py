@@ -17,6 +17,8 @@ from oscloudd.cloud import leftovers as module
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
+from oscloudd.cloud.layer_chains import LayerChains
+from oscloudd.cloud.layers import forget_layers
 from oscloudd.cloud.leftovers import Leftovers
 from oscloudd.cloud.names import Names
 from oscloudd.cloud.networks import Networks
@@ -28,7 +30,7 @@ from oscloudd.host.network.neighbours import set_neighbour
 from oscloudd.host.network.ruleset import GuestNetwork
 from oscloudd.host.network.taps import open_tap
 from oscloudd.store.database import Database
-from oscloudd.store.models import Disk, Event, Network, Vm
+from oscloudd.store.models import Disk, Event, Layer, Network, Vm
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 
@@ -48,7 +50,10 @@ class Place:
         self.firewall = Firewall(self.database, self.events)
         names = Names(self.config, self.database, self.events)
         networks = Networks(self.config, self.database, self.firewall, names)
-        self.leftovers = Leftovers(self.config, self.database, networks, self.firewall, self.events)
+        self.chains = LayerChains(self.config, self.database)
+        self.leftovers = Leftovers(
+            self.config, self.database, networks, self.firewall, self.events, self.chains
+        )
 
     async def fill(self) -> None:
         def fill() -> None:
@@ -232,6 +237,31 @@ def test_what_is_made_or_deleted_meanwhile_is_no_leftover(
         assert sorted(path.name for path in going.parent.iterdir()) == ["3", "4"]
 
     scenario(tmp_path)
+
+
+@on_a_host_of_its_own
+async def test_a_layer_that_somebody_reads_is_no_leftover_yet(place: Place) -> None:
+    def forget() -> bool:
+        forget_layers([1])
+        return True
+
+    async with asyncio.timeout(10):
+        await place.database.run(lambda: Layer.create(size=1, created_at=0.0))
+        layer = place.make("state/layers/1")
+        async with place.chains.reading(None):
+            removing = asyncio.ensure_future(place.chains.remove(1, forget))
+            while await place.database.run(lambda: Layer.select().exists()):
+                pass
+            await place.leftovers.sweep()
+            assert layer.exists()
+            assert await place.leftovers.look() == []
+        await removing
+    assert not layer.exists()
+    assert await place.warnings() == []
+    place.make("state/layers/1")  # what could not be removed, say
+    await place.leftovers.sweep()
+    assert not layer.exists()
+    assert await place.warnings() == ["layer 1"]
 
 
 @on_a_host_of_its_own

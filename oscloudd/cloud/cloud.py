@@ -110,7 +110,9 @@ class Cloud:
         chains = LayerChains(config, database)
         data_disks = DataDisks(config, database, self.templates, chains)
         nics = Nics(database, self.networks)
-        self._leftovers = Leftovers(config, database, self.networks, self._firewall, self.events)
+        self._leftovers = Leftovers(
+            config, database, self.networks, self._firewall, self.events, chains
+        )
         slots = StartSlots(config.limits.max_parallel_starts)
         self._supervisor = Supervisor(
             config,

@@ -107,8 +107,7 @@ class LayerMerger:
                     self._user,
                     on_fraction=lambda done: job.report("merging", what, done),
                 )
-        if await self._database.run_when_available(lambda: record_merged(upper, lower)):
-            await self._chains.remove([lower])
+        await self._chains.remove(lower, lambda: record_merged(upper, lower))
 
     async def _check_room(self, directory: Path, opened: Sequence[OpenLayer]) -> None:
         """Raise ExhaustedError unless there is room for the two as one, and a copy of the upper.

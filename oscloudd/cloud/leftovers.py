@@ -16,6 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.given_ids import GivenIds, read_given_ids, set_aside
+from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
@@ -77,12 +78,14 @@ class Leftovers:
         networks: Networks,
         firewall: Firewall,
         events: Events,
+        chains: LayerChains,
     ) -> None:
         self._config = config
         self._database = database
         self._networks = networks
         self._firewall = firewall
         self._events = events
+        self._chains = chains
         self._told: set[Stranger] = set()
 
     async def protect_foreign_ids(self) -> None:
@@ -119,7 +122,8 @@ class Leftovers:
 
     async def _see(self) -> _Seen:
         # What is being made has its row first, and what is being deleted loses it last: so what
-        # was there before the rows were read, and has none, belongs to nobody.
+        # was there before the rows were read, and has none, belongs to nobody. A layer may be read
+        # for some time after it has lost its row.
         listing = await asyncio.to_thread(list_traces, self._config)
         links = await list_links()
         bridges = [name for name in links.bridges if _BRIDGE.fullmatch(name)]
@@ -128,7 +132,11 @@ class Leftovers:
         rows = await self._database.run(_read_rows)
         found = [(rows.vms, traces) for traces in listing.vms.values()]
         found += [(rows.disks, traces) for traces in listing.disks.values()]
-        found += [(rows.layers, traces) for traces in listing.layers.values()]
+        found += [
+            (rows.layers, traces)
+            for number, traces in listing.layers.items()
+            if not self._chains.is_leaving(number)
+        ]
         foreign = [traces for ids, traces in found if ids.is_foreign(traces.number)]
         held = {identity.pid for traces in listing.vms.values() for identity in traces.processes}
         held |= {identity.pid for identity in listing.spares}
