@@ -19,6 +19,7 @@ from oscloudd.host.images import (
     copy_overlay,
     copy_steady,
     create_overlay,
+    publish,
     virtual_size_bytes,
 )
 
@@ -53,6 +54,11 @@ def test_overlay_that_fails_leaves_nothing(tmp_path: Path) -> None:
         asyncio.run(create_overlay(tmp_path / "disk", base, "nonsense", 1 << 30))
     base.unlink()
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_gone_can_not_be_published(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"/none can't be written to disk: No such file"):
+        publish(tmp_path / "none", tmp_path / "disk")
 
 
 def test_an_overlay_is_made_beside_one_that_a_dead_daemon_had_begun(tmp_path: Path) -> None:

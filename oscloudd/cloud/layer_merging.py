@@ -61,10 +61,10 @@ class LayerMerger:
                 try:
                     half_done = await self._find_half_done(upper)
                     await self._merge(vm, *(half_done or pairs[0]), job)
-                except CloudError as error:
+                except (CloudError, OSError) as error:  # it may be deleted just now
                     _log.warning(
                         "vm %d (%s): layer %d stays below layer %d for now: %s",
-                        vm.id, vm.name, lower, upper, error.message,
+                        vm.id, vm.name, lower, upper, error,
                     )  # fmt: skip
                     left.add(pairs[0])
 

@@ -218,8 +218,10 @@ class Snapshots:
             kept = layer_id not in unneeded
             return {"layer": layer_id, "layers": unneeded}
 
-        vm = await self._order("snapshot_delete", key, order, decide)
-        return vm if isinstance(vm, JobInfo) else SnapshotDeleted(name, vm.name, kept)
+        vm = await self._database.run(lambda: read_vm(key))
+        job = await self._carry_out("snapshot_delete", vm, order, decide)
+        # While layers are merged the vm is free, and may be deleted or get another name.
+        return job or SnapshotDeleted(name, vm.name, kept)
 
     async def _check_memory(self, vm: VmRecord, name: str) -> None:
         """Raise InvalidStateError or HostError where a snapshot's memory is of no use any more."""
@@ -267,17 +269,25 @@ class Snapshots:
         self, kind: str, key: int | str, order: Order, decide: Decide
     ) -> VmRecord | JobInfo:
         vm = await self._database.run(lambda: read_vm(key))
-        if kind != "snapshot_delete":
-            check_room(self._config, "overlay")
+        check_room(self._config, "overlay")
         if kind in ("snapshot_create", "disk_freeze"):
             await self._make_room_below(vm, order)
+        job = await self._carry_out(kind, vm, order, decide)
+        if job is not None:
+            return job
+        return await self._database.run(lambda: read_vm(vm.id))
+
+    async def _carry_out(
+        self, kind: str, vm: VmRecord, order: Order, decide: Decide
+    ) -> JobInfo | None:
+        """Do it, and give None; the job instead, at once, where the order is not to wait."""
         begun = await self._operations.begin(kind, vm.id, order, decide)
         assert begun is not None
         job, task = begun
         if not order.wait:
             return await self._jobs.info(job.id)
         await asyncio.shield(task)
-        return await self._database.run(lambda: read_vm(vm.id))
+        return None
 
     async def _make_room_below(self, vm: VmRecord, order: Order) -> None:
         """Merge layers where a disk stands on as many as it may: clones may have left them."""
