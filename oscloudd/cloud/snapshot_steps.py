@@ -154,6 +154,9 @@ class SnapshotSteps(NicSteps):
     async def overlay(self, job: Job) -> None:
         """Make the overlay on a snapshot's layer that is to be the disk, and what goes with it."""
         vm, layer_id = await self._get(job), job.params["layer"]
+        # A power cut may have brought back what an undone restore had made. It is gone for good
+        # with the overlay's name, which is made durable in the same directory.
+        await asyncio.to_thread(self._paths(vm).next_variables.unlink, missing_ok=True)
         await self._make_next(vm, layer_id, job.params["size"])
         kept = layer_variables(self._config, layer_id)
         if kept.exists():
