@@ -127,6 +127,24 @@ def test_killed_at_transactions_of_the_recovery(box: ZygoteBox) -> None:
     assert count_deaths(kill, STRIDE) > 0
 
 
+def test_what_a_dead_daemon_has_renamed_is_durable_before_the_row_follows(box: ZygoteBox) -> None:
+    vm = box.call("vm_info", vm="web")
+    names = [f"s{number}" for number in itertools.islice(numbers, 2)]
+    for name in names:
+        take(box, vm, int(name[1:]))
+    ask_to_die(box, RENAMED, "snapshot_delete", vm="web", snapshot=names[0])
+    wait_for_death(box)
+    before = box.rows("SELECT id, parent_id FROM layer ORDER BY id")
+    box.start_or_die(Death("durable", 1, "before"))
+    wait_for_death(box)
+    assert box.rows("SELECT id, parent_id FROM layer ORDER BY id") == before
+    box.start()
+    settle(box)
+    assert layers_of(box, vm) == 1
+    check_accounted(box)
+    box.call("snapshot_delete", vm="web", snapshot=names[1])
+
+
 def test_a_merging_that_daemons_die_in_is_given_up(box: ZygoteBox) -> None:
     steps = OPERATIONS["snapshot_delete"].steps
     death = Death("step", len(steps), "before", "snapshot_delete")

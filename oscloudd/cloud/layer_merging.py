@@ -27,6 +27,7 @@ from oscloudd.cloud.vm_records import VmRecord, find_vm
 from oscloudd.config import Config
 from oscloudd.errors import CloudError, ExhaustedError
 from oscloudd.host.image_chain import Layer, OpenLayer, measure, open_chain
+from oscloudd.host.images import durable
 from oscloudd.host.merging import merge
 from oscloudd.host.resources import disk_free_bytes
 from oscloudd.host.users import resolve_qemu_user
@@ -97,8 +98,10 @@ class LayerMerger:
         # Those that a vm and its clones stand on have the same below them.
         chain = disk_chain(self._config, vm, template, layers)[1:]
         await asyncio.to_thread(check_frozen, chain, template)
-        # An earlier daemon may have come as far as that.
-        if await asyncio.to_thread(stands_on, *chain[:2]):
+        if not await asyncio.to_thread(stands_on, *chain[:2]):
+            # An earlier daemon came as far as that, and perhaps not to the disk with the name.
+            await asyncio.to_thread(durable, chain[0].path)
+        else:
             with open_chain(chain) as opened:
                 await self._check_room(chain[0].path.parent, opened)
                 await merge(
