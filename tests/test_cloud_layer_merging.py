@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 from test_cloud_leftovers import insert_vm
@@ -11,6 +11,7 @@ from test_cloud_leftovers import insert_vm
 from oscloudd.cloud.jobs import Job, Jobs, Order
 from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.layer_merging import LayerMerger
+from oscloudd.cloud.layers import forget_layers
 from oscloudd.cloud.operations import Decide, Operations
 from oscloudd.cloud.snapshots import SnapshotDeleted, Snapshots
 from oscloudd.cloud.suspension import Suspension
@@ -21,6 +22,7 @@ from oscloudd.store.database import Database
 from oscloudd.store.models import Disk, Layer, Network, Snapshot, Vm
 
 ORDER = Order(0)
+T = TypeVar("T")
 
 
 class OperationsUntilThen:
@@ -33,6 +35,21 @@ class OperationsUntilThen:
         await self._database.run(lambda: decide(read_vm(vm_id)))
         gone = self._database.run(lambda: Vm.delete().where(Vm.id == vm_id).execute())
         return None, asyncio.ensure_future(gone)
+
+
+class DatabaseThatLosesThem(Database):
+    """A database in which all layers are deleted after the first look at them."""
+
+    async def run_when_available(self, work: Callable[[], T]) -> T:
+        answer = await super().run_when_available(work)
+        await self.run(forget_all)
+        return answer
+
+
+def forget_all() -> None:
+    Snapshot.delete().execute()
+    Disk.update(layer_id=None).execute()
+    forget_layers([2, 1])
 
 
 class TemplatesThatCanNotBeRead:
@@ -59,10 +76,14 @@ def fill() -> None:
     Snapshot.create(vm=1, layer=2, name="a", kind="disk", created_at=0.0)
 
 
-def with_database(path: Path, test: Callable[[Config, Database], Awaitable[None]]) -> None:
+def with_database(
+    path: Path,
+    test: Callable[[Config, Database], Awaitable[None]],
+    kind: type[Database] = Database,
+) -> None:
     async def scenario() -> None:
         config = Config(state_dir=str(path), qemu=QemuConfig(user="nobody"))
-        database = Database(path / "oscloud.db")
+        database = kind(path / "oscloud.db")
         await database.open()
         try:
             await database.run(fill)
@@ -89,11 +110,22 @@ def test_layers_whose_files_go_away_are_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(config: Config, database: Database) -> None:
-        templates = cast("Templates", TemplatesThatCanNotBeRead())
-        merger = LayerMerger(config, database, templates, LayerChains(config, database))
-        vm = await database.run(lambda: read_vm(1))
-        await merger.merge_all(vm, cast("Job", JobThatReports()))
+        await merge_all(config, database)
         assert await database.run(lambda: Layer.select().count()) == 2
 
     with_database(tmp_path, scenario)
     assert "layer 1 stays below layer 2 for now: [Errno 2]" in caplog.text
+
+
+def test_layers_that_are_deleted_are_not_merged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_database(tmp_path, merge_all, DatabaseThatLosesThem)
+    assert "stays below" not in caplog.text
+
+
+async def merge_all(config: Config, database: Database) -> None:
+    templates = cast("Templates", TemplatesThatCanNotBeRead())
+    merger = LayerMerger(config, database, templates, LayerChains(config, database))
+    vm = await database.run(lambda: read_vm(1))
+    await merger.merge_all(vm, cast("Job", JobThatReports()))

@@ -18,8 +18,9 @@ from oscloudd.cloud.layer_chains import LayerChains
 from oscloudd.cloud.layers import (
     find_mergeable,
     find_pairs_above,
+    follow,
     layer_disk,
-    read_chain,
+    read_parents,
     record_merged,
 )
 from oscloudd.cloud.templates import Templates
@@ -93,10 +94,12 @@ class LayerMerger:
     async def _merge(self, vm: VmRecord, upper: int, lower: int, job: Job) -> None:
         what = f"layer {lower} into layer {upper}"
         job.report("merging", what)
-        layers = await self._database.run_when_available(lambda: read_chain(upper))
+        parents = await self._database.run_when_available(read_parents)
+        if parents.get(upper) != lower:  # deleted meanwhile
+            return
         template = self._templates.get_ready(vm.template)
         # Those that a vm and its clones stand on have the same below them.
-        chain = disk_chain(self._config, vm, template, layers)[1:]
+        chain = disk_chain(self._config, vm, template, follow(upper, parents))[1:]
         await asyncio.to_thread(check_frozen, chain, template)
         if not await asyncio.to_thread(stands_on, *chain[:2]):
             # An earlier daemon came as far as that, and perhaps not to the disk with the name.
