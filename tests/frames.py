@@ -71,6 +71,19 @@ def udp(source: int, target: int, payload: bytes) -> bytes:
     return struct.pack("!HHHH", source, target, 8 + len(payload), 0) + payload
 
 
+def dhcp(client: str, number: int) -> bytes:
+    """A DHCP client's message by UDP, about the card with this MAC, as far as its chaddr."""
+    header = bytes([1, 1, 6, 0]) + bytes(24)
+    return udp(68, 67, header + mac(client) + bytes(10) + struct.pack("!I", number))
+
+
+def first_fragment(packet: bytes, length: int) -> bytes:
+    """The IPv4 packet's first fragment, with so much of what it carries."""
+    header = packet[:2] + struct.pack("!HHH", 20 + length, 7, 0x2000) + packet[8:10] + bytes(2)
+    header += packet[12:20]
+    return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + packet[20:][:length]
+
+
 def icmp(kind: int, payload: bytes, code: int = 0) -> bytes:
     return struct.pack("!BBHHH", kind, code, 0, 7, 1) + payload
 
@@ -176,6 +189,7 @@ def harm(pair: Pair) -> dict[str, bytes]:
         "DHCP server on another port": own(
             0x0800, ip4(pair.one, pair.two, UDP, _payload(7000, 68))
         ),
+        **_harm_by_dhcp(pair),
         "ICMP redirect": own(
             0x0800,
             ip4(pair.one, pair.two, ICMP, icmp(5, ip4(pair.one, pair.two, UDP, _payload(7004)), 1)),
@@ -219,6 +233,30 @@ def harm(pair: Pair) -> dict[str, bytes]:
         "DHCPv6 server": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(547, 7000))),
         "DHCPv6 answer": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload(7000, 546))),
         **_harm_of_prefix(pair),
+    }
+
+
+def _harm_by_dhcp(pair: Pair) -> dict[str, bytes]:
+    """Give messages that would have a DHCP server take something from the neighbour."""
+    anywhere = ("0.0.0.0", "255.255.255.255")
+    message = ip4(*anywhere, UDP, dhcp(pair.one_mac, 8))
+    packets = {
+        "DHCP about the neighbour": ip4(pair.one, pair.gateway, UDP, dhcp(pair.two_mac, 1)),
+        "DHCP about the neighbour, from no address": ip4(*anywhere, UDP, dhcp(pair.two_mac, 2)),
+        "DHCP about nobody": ip4(*anywhere, UDP, dhcp(NOBODY_MAC, 3)),
+        "DHCP from the neighbour's address": ip4(
+            pair.two, pair.gateway, UDP, dhcp(pair.one_mac, 4)
+        ),
+        "DHCP from no address to one": ip4("0.0.0.0", pair.gateway, UDP, dhcp(pair.one_mac, 5)),
+        "DHCP that does not say about whom": ip4(
+            pair.one, pair.gateway, UDP, udp(68, 67, bytes(20))
+        ),
+        # Fragments carry whole blocks of 8 bytes, and the MAC ends after 42.
+        "DHCP in a fragment without a MAC": first_fragment(message, 32),
+        "DHCP in a fragment with half a MAC": first_fragment(message, 40),
+    }
+    return {
+        name: ethernet(pair.one_mac, BROADCAST, 0x0800, packet) for name, packet in packets.items()
     }
 
 
@@ -271,7 +309,10 @@ def grace(pair: Pair) -> dict[str, bytes]:
         ),
         "ARP of its own": own(0x0806, arp(1, (pair.one_mac, pair.one), (nothing, pair.one))),
         "ARP probe": own(0x0806, arp(1, (pair.one_mac, "0.0.0.0"), (nothing, pair.one))),
-        "DHCP client": own(0x0800, ip4("0.0.0.0", "255.255.255.255", UDP, _payload(68, 67))),
+        "DHCP client": own(0x0800, ip4("0.0.0.0", "255.255.255.255", UDP, dhcp(pair.one_mac, 6))),
+        "DHCP client that has its address": own(
+            0x0800, ip4(pair.one, pair.gateway, UDP, dhcp(pair.one_mac, 7))
+        ),
         "IPv6": own(0x86DD, ip6(pair.one6, pair.two6, UDP, _payload()), pair.two_mac),
         "echo": own(0x86DD, icmp6(pair.one6, pair.two6, 128, bytes(4)), pair.two_mac),
         "solicitation": own(0x86DD, neighbour(135, pair.one6, pair.two6, pair.two6, pair.one_mac)),

@@ -513,14 +513,15 @@ def test_guest_reaches_dns_and_dhcp_at_its_gateway_and_nothing_else_on_the_host(
         for address in (GATEWAY, HOST_OUTSIDE, "172.16.0.1"):
             for port in services if address != GATEWAY else (68, 7000):
                 one.ask(f"send {address} {port} forbidden")
+            if address != GATEWAY:
+                one.ask(f"frame {_dhcp(address, GATEWAY_MAC).hex()}")
         for target in ("192.168.255.255", "255.255.255.255"):
             one.ask(f"send {target} 7000 forbidden")
-        for port in (53, 67):
-            one.ask(f"send {GATEWAY} {port} question")
-            assert services[port].recv(100) == b"question"
-        discover = ip4("0.0.0.0", "255.255.255.255", UDP, frames.udp(68, 67, b"discover"))
-        one.ask(f"frame {ethernet(ONE_MAC, BROADCAST, 0x0800, discover).hex()}")
-        assert services[67].recv(100) == b"discover"
+        one.ask(f"send {GATEWAY} 53 question")
+        assert services[53].recv(100) == b"question"
+        for frame in (_dhcp(GATEWAY, GATEWAY_MAC), _dhcp("255.255.255.255", BROADCAST, "0.0.0.0")):
+            one.ask(f"frame {frame.hex()}")
+            assert services[67].recv(100) == frame[42:]
         with socket.create_server((GATEWAY, 53)) as server:
             one.say(f"connect {GATEWAY} 53")
             server.accept()[0].close()
@@ -536,6 +537,12 @@ def test_guest_reaches_dns_and_dhcp_at_its_gateway_and_nothing_else_on_the_host(
         assert one.ask("receive 7001") == f"hello {GATEWAY}"
         one.ask("answer 7001")
         assert services[7000].recv(100) == b"answer"
+
+
+def _dhcp(target: str, target_mac: str, source: str = ONE) -> bytes:
+    """A frame with what a DHCP client sends."""
+    packet = ip4(source, target, UDP, frames.dhcp(ONE_MAC, 1))
+    return ethernet(ONE_MAC, target_mac, 0x0800, packet)
 
 
 def _listed() -> str:

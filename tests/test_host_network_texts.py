@@ -131,7 +131,7 @@ def test_a_name_server_is_confined_by_systemd() -> None:
         "--dhcp-range=192.168.0.0,static,255.255.0.0,infinite",
         "--dhcp-hostsfile=/run/oscloud/names/oscbr0/addresses",
         "--dhcp-option=tag:noroute,option:router", "--dhcp-authoritative",
-        "--leasefile-ro", "--no-ping", "--dhcp-broadcast",
+        "--dhcp-ignore-clid", "--leasefile-ro", "--no-ping", "--dhcp-broadcast",
     ]  # fmt: skip
     service = build_names_service(argv, server)
     assert service[:4] == ["systemd-run", "--quiet", "--collect", f"--unit={server.unit}"]

@@ -49,6 +49,8 @@ def build_dhcp_options(gateway: IPv4Interface, directory: Path) -> list[str]:
         f"--dhcp-hostsfile={directory}",
         f"--dhcp-option=tag:{_NO_ROUTE},option:router",
         "--dhcp-authoritative",
+        # A guest is told by the MAC that the firewall has it ask with, not by what it says it is.
+        "--dhcp-ignore-clid",
         # Who has which address is known beforehand: no need to write it down, or to ask around.
         "--leasefile-ro",
         "--no-ping",

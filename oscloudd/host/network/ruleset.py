@@ -1,7 +1,7 @@
 """The firewall's text: two tables whose rules are the same however many guests there are.
 
 Pure. The rules are in `tables.nft`; what differs from host to host are the elements of their sets,
-up to seven for each network and for each guest. Taps and bridges are told by their names, `osctap…`
+up to eight for each network and for each guest. Taps and bridges are told by their names, `osctap…`
 and `oscbr…`, which only guests' have.
 """
 
@@ -78,6 +78,7 @@ def build_elements(port: GuestPort) -> list[Element]:
     elements = [
         Element("macs", with_mac, key),
         Element("addresses", f"{with_mac} . {address}", key + address.packed),
+        Element("clients", f'"{port.tap}" . 0x{mac.hex()}', key),
         Element("options6", f'"{port.tap}" . 0x{mac.hex()}', key),
     ]
     for address6 in (port.link_local, port.address6):
