@@ -45,6 +45,7 @@ from oscloudd.host.network.links import (
     Tap,
     find_tap_holders,
     list_links,
+    list_masters,
     list_permanent_neighbours,
     numbers_in_use,
     permanent_addresses,
@@ -204,6 +205,17 @@ def test_tap_of_no_bridge_joins_one_later() -> None:
     for _ in range(2):
         join_tap("tap0", "oscbr0")
     assert interfaces()["tap0"]["master"] == "oscbr0"
+    assert list_masters("tap") == {"tap0": "oscbr0"}
+    ip("link add theirs type bridge")
+    ip("link set tap0 master theirs")
+    assert list_masters("") == {"lo": None, "oscbr0": None, "theirs": None, "tap0": "theirs"}
+    join_tap("tap0", "oscbr0")
+    assert list_masters("tap") == {"tap0": "oscbr0"}
+    ip("link delete oscbr0")
+    assert list_masters("tap") == {"tap0": None}
+    with pytest.raises(NotFoundError, match="no bridge oscbr0"):
+        join_tap("tap0", "oscbr0")
+    asyncio.run(ensure_bridge(BRIDGE))
     os.close(tap_fd)
     with pytest.raises(HostError, match="tap0 can't join bridge oscbr0: no interface"):
         join_tap("tap0", "oscbr0")

@@ -152,6 +152,30 @@ def test_a_bridge_that_somebody_removes_under_running_vms_is_put_back(box: Box) 
     assert lab["mac"] not in ports_of(box).values()
 
 
+def test_guests_are_on_a_bridge_that_somebody_has_removed_and_made_anew(box: Box) -> None:
+    def ip(*lines: str) -> None:
+        """Have all of it happen before the daemon looks."""
+        assert box.daemon is not None
+        batch = ["ip", "-n", box.namespace, "-batch", "-"]
+        box.daemon.send_signal(signal.SIGSTOP)
+        subprocess.run(batch, input="\n".join(lines), text=True, check=True)
+        box.daemon.send_signal(signal.SIGCONT)
+
+    web, db = box.create("web", publish=["8080:80"]), box.create("db")
+    there = ports_of(box)
+    anew = ("link delete oscbr0", "link add oscbr0 type bridge", "link set oscbr0 alias oscloud")
+    ip(*anew)
+    box.until(lambda: ports_of(box) == there, "the ports of the bridge that is there already")
+    box.until(lambda: route_localnet(box) == "1", "the way from loopback")
+    # On another one, or gone altogether: neither keeps another guest from its bridge.
+    ip("link add theirs type bridge", "link set osctap1 master theirs", *anew)
+    box.until(lambda: ports_of(box) == there, "the tap from another bridge")
+    ip("link delete theirs", "link delete osctap0", "link delete oscbr0")
+    box.until(lambda: ports_of(box) == {"osctap1": db["mac"]}, "the port of the one with a tap")
+    assert box.call("vm_info", vm="web")["pid"] == web["pid"]
+    box.until(lambda: route_localnet(box) == "1", "the way from loopback")
+
+
 OTHERS = {
     "Docker (nft table ip filter)": (
         """table ip filter {

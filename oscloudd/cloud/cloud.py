@@ -126,7 +126,6 @@ class Cloud:
             data_disks,
             chains,
         )
-        self._bridges = BridgeKeeper(database, self._supervisor, nics, self.ports, self.events)
         self.warm_images = WarmImages(
             config, database, self.templates, self.jobs, user, self._accelerator, self._qemu
         )
@@ -163,6 +162,9 @@ class Cloud:
             merger,
         )
         operations = Operations(database, self.jobs, steps)
+        self._bridges = BridgeKeeper(
+            self.states, self._supervisor, operations, nics, self.ports, self.events
+        )
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
         self.nics = NicChanges(database, operations, self._supervisor)
         flattener = Flattener(config, self.templates, operations, chains)

@@ -5,7 +5,7 @@ first step, or while it runs.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,11 +33,18 @@ class Nics:
 
         Bridges that were looked at within so many seconds are not looked at again.
         """
-        for nic in vm.nics:
-            find = partial(read_network, nic.network_id)
+        networks = [nic.network_id for nic in vm.nics]
+        await self.bring_up(networks, checked_within_seconds=checked_within_seconds)
+        await self.admit(vm)
+
+    async def bring_up(
+        self, network_ids: Iterable[int], *, checked_within_seconds: float = 0.0
+    ) -> None:
+        """Have the bridges of networks and the firewall in place."""
+        for network_id in network_ids:
+            find = partial(read_network, network_id)
             network = await self._database.run_when_available(find)
             await self._networks.ensure_up(network, checked_within_seconds=checked_within_seconds)
-        await self.admit(vm)
 
     async def admit(self, vm: VmRecord) -> None:
         """Let a vm send by its cards, whose bridges are up; may be called again."""

@@ -4,11 +4,13 @@ What it learned from frames a guest could have forged: one to 01:80:c2:00:00:0e 
 sender's address before any rule sees it, and takes a neighbour's frames away.
 """
 
+import errno
+import os
 import socket
 import struct
 
 from oscloudd.errors import HostError
-from oscloudd.host.network.interfaces import parse_mac
+from oscloudd.host.network.interfaces import find_index, parse_mac
 from oscloudd.host.network.netlink import (
     ACKNOWLEDGE,
     CREATE,
@@ -22,12 +24,22 @@ from oscloudd.host.network.netlink import (
 _NETLINK_ROUTE = 0
 # linux/rtnetlink.h, if_link.h and neighbour.h
 _RTM_SETLINK, _RTM_NEWNEIGH = 19, 28
-_IFLA_PROTINFO = 12
+_IFLA_MASTER, _IFLA_PROTINFO = 10, 12
 _IFLA_BRPORT_LEARNING, _IFLA_BRPORT_UNICAST_FLOOD = 8, 9
 _NDA_LLADDR = 2
 _NUD_NOARP, _NTF_MASTER = 0x40, 0x04
 _LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
+
+
+def join_bridge(tap: str, bridge: str) -> None:
+    """Make `tap` a port of `bridge`, and of no other; may be called again. Raises OSError."""
+    index, master = socket.if_nametoindex(tap), find_index(bridge)
+    if master is None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    body = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0)
+    body += pack_attribute(_IFLA_MASTER, struct.pack("=I", master))
+    exchange(_NETLINK_ROUTE, pack_message(_RTM_SETLINK, ACKNOWLEDGE, body))
 
 
 def guard_port(tap: str, mac: str) -> None:

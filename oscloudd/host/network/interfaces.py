@@ -15,7 +15,6 @@ _NAME_BYTES = 16
 # linux/sockios.h and linux/if.h
 SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
-SIOCBRADDIF = 0x89A2
 IFF_UP = 0x1
 
 
@@ -62,9 +61,3 @@ def set_up(control: socket.socket, name: str) -> None:
     answer = fcntl.ioctl(control, SIOCGIFFLAGS, layout.pack(encoded, 0))
     flags = layout.unpack(answer)[1]
     fcntl.ioctl(control, SIOCSIFFLAGS, layout.pack(encoded, flags | IFF_UP))
-
-
-def join_bridge(control: socket.socket, bridge: str, interface: str) -> None:
-    """Make the interface a port of the bridge."""
-    index = socket.if_nametoindex(interface)
-    fcntl.ioctl(control, SIOCBRADDIF, struct.pack("16si20x", check_interface_name(bridge), index))

@@ -6,16 +6,31 @@ Only looks. What a bridge of ours is, `bridges.py` says; who a tap belongs to, t
 import json
 import os
 import socket
+import struct
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+from oscloudd.errors import HostError
 from oscloudd.host.commands import run
 from oscloudd.host.network.bridges import ALIAS
+from oscloudd.host.network.netlink import (
+    find_attribute,
+    list_messages,
+    pack_attribute,
+    pack_message,
+)
 
 _ATF_PERM = 0x04  # linux/if_arp.h
+# linux/rtnetlink.h and if_link.h
+_GET_LINK = 18
+_NAME, _MASTER, _WANTED = 3, 10, 29
+_LINK_BYTES = 16  # struct ifinfomsg
+_INDEX = struct.Struct("=4xi")
+_WITHOUT_COUNTERS = pack_attribute(_WANTED, (1 << 3).to_bytes(4, sys.byteorder))
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,31 @@ def numbers_in_use(prefix: str) -> set[int]:
         name.removeprefix(prefix) for _, name in socket.if_nameindex() if name.startswith(prefix)
     )
     return {int(rest) for rest in rests if rest.isascii() and rest.isdigit()}
+
+
+def list_masters(prefix: str) -> dict[str, str | None]:
+    """Give the interfaces with names that begin with `prefix`, each with the bridge it is on.
+
+    Asks the kernel once. Raises HostError.
+    """
+    # Not /sys/class/net: that shows the namespace it was mounted in.
+    request = pack_message(_GET_LINK, 0, bytes(_LINK_BYTES) + _WITHOUT_COUNTERS)
+    names: dict[int, str] = {}
+    masters: dict[str, int | None] = {}
+    try:
+        for message in list_messages(socket.NETLINK_ROUTE, request):
+            attributes = message.body[_LINK_BYTES:]
+            name = (find_attribute(attributes, _NAME) or b"").rstrip(b"\0").decode()
+            master = find_attribute(attributes, _MASTER)
+            names[_INDEX.unpack_from(message.body)[0]] = name
+            masters[name] = None if master is None else int.from_bytes(master, sys.byteorder)
+    except OSError as error:
+        raise HostError(f"network interfaces can't be listed: {error.strerror or error}") from error
+    return {
+        name: None if master is None else names.get(master, "")
+        for name, master in masters.items()
+        if name.startswith(prefix)
+    }
 
 
 def permanent_addresses(interface: str) -> set[str]:

@@ -16,8 +16,8 @@ from oscloudd.host.network.interfaces import check_interface_name, parse_mac
 
 TABLE = "oscloud"
 FAMILIES = ("bridge", "inet")
-_BRIDGE_PREFIX = "oscbr"
-_TAP_PREFIX = "osctap"
+BRIDGE_PREFIX = "oscbr"
+TAP_PREFIX = "osctap"
 _NAME_BYTES = 16  # linux/if.h IFNAMSIZ
 _TABLES = Path(__file__).with_name("tables.nft")
 
@@ -70,7 +70,7 @@ class Element:
 
 def build_elements(port: GuestPort) -> list[Element]:
     """Give what the sets of the table for frames have to say of one guest."""
-    tap = _check(port.tap, _TAP_PREFIX).ljust(_NAME_BYTES, b"\0")
+    tap = _check(port.tap, TAP_PREFIX).ljust(_NAME_BYTES, b"\0")
     mac, address = parse_mac(port.mac), port.address
     with_mac = f'"{port.tap}" . {port.mac}'
     # Each part of a key fills whole words of four bytes.
@@ -94,7 +94,7 @@ def build_ruleset(networks: Iterable[GuestNetwork], ports: Iterable[GuestPort]) 
     """Give the text for `nft -f` that replaces our tables by those for these guests."""
     networks = sorted(networks, key=lambda network: network.bridge)
     for network in networks:
-        _check(network.bridge, _BRIDGE_PREFIX)
+        _check(network.bridge, BRIDGE_PREFIX)
     sets: dict[str, list[str]] = {}
     for port in sorted(ports, key=lambda port: port.tap):
         for element in build_elements(port):

@@ -8,14 +8,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import struct
 from pathlib import Path
 
 from oscloudd.errors import AlreadyExistsError, HostError, NotFoundError
+from oscloudd.host.network.bridge_ports import join_bridge
 from oscloudd.host.network.interfaces import (
     check_interface_name,
-    join_bridge,
     open_control_socket,
     set_up,
 )
@@ -51,7 +50,7 @@ def open_tap(name: str, bridge: str | None) -> int:
 
 
 def join_tap(name: str, bridge: str) -> None:
-    """Make a tap that is there a port of `bridge`; may be called again.
+    """Make a tap that is there a port of `bridge`, and of no other; may be called again.
 
     Raises NotFoundError or HostError.
     """
@@ -87,7 +86,7 @@ def _connect(name: str, bridge: str | None) -> None:
     with open_control_socket() as control:
         try:
             if bridge is not None:
-                _join(control, bridge, name)
+                join_bridge(name, bridge)
             set_up(control, name)
         except OSError as error:
             if error.errno == errno.ENODEV:
@@ -97,11 +96,3 @@ def _connect(name: str, bridge: str | None) -> None:
                 raise HostError(f"bridge {bridge} has no port left for tap {name}") from error
             why = error.strerror or error
             raise HostError(f"tap {name} can't join bridge {bridge}: {why}") from error
-
-
-def _join(control: socket.socket, bridge: str, name: str) -> None:
-    try:
-        join_bridge(control, bridge, name)
-    except OSError as error:
-        if error.errno != errno.EBUSY:  # it is a port already
-            raise
