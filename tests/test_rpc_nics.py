@@ -4,6 +4,7 @@ import base64
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,38 @@ def test_a_card_comes_and_goes(lab: Box) -> None:
     assert lab.call("nic_delete", vm=vm["id"], nic=1)["nics"] == vm["nics"]
     assert plugged(lab, "web") == []
     check_accounted(lab)
+
+
+# Sends to an address, or counts the connections that the kernel keeps of that.
+SEND = """
+import socket, sys
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+socket.socket(family, socket.SOCK_DGRAM).sendto(b"hello", (sys.argv[1], 7000))
+"""
+COUNT = """
+import ipaddress, sys
+from oscloudd.host.network.connections import list_connections
+address = ipaddress.ip_address(sys.argv[1])
+flows = [connection.original for connection in list_connections(address.version)]
+print(sum((flow.target, flow.target_port) == (address, 7000) for flow in flows))
+"""
+
+
+def test_nothing_goes_on_to_a_card_that_is_gone(lab: Box) -> None:
+    def run(code: str, address: str) -> str:
+        command = ["ip", "netns", "exec", lab.namespace, sys.executable, "-c", code, address]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+
+    lab.create("web")
+    web = lab.call("nic_add", vm="web", network="lab")
+    stays, goes = ([nic["ip"], nic["ip6"]] for nic in web["nics"])
+    for address in (*stays, *goes):
+        run(SEND, address)
+        assert run(COUNT, address) == "1\n"
+    lab.call("nic_delete", vm="web", nic="lab")
+    assert [run(COUNT, address) for address in stays] == ["1\n", "1\n"]
+    assert [run(COUNT, address) for address in goes] == ["0\n", "0\n"]
 
 
 def test_a_vm_that_is_off_gets_its_card_at_its_next_start(lab: Box) -> None:

@@ -46,6 +46,7 @@ class NicSteps(VmSteps):
         for nic in vm.other_nics:
             if nic.id == nic_id:
                 self._names.forget(vm, [nic])
+                await self._ports.end_connections([nic])
                 await self._nics.dismiss(nic, partial(forget_nic, nic_id))
                 self._states.changes.announce()
         if vm.bandwidth:  # the kernel would keep the limit for the next tap of that name

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network
@@ -20,6 +20,7 @@ from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
 from oscloudd.cloud.keeping import keep_as_it_was
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.nic_records import NicRecord
 from oscloudd.cloud.port_specs import HostPort, PortName, PortSpec
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.vm_records import VmRecord, read_vm
@@ -156,12 +157,13 @@ class Ports:
         return info
 
     async def forget(self, vm: VmRecord) -> None:
-        """Forward nothing to a vm that is being removed; may be called again.
-
-        Nothing that was open from or to it goes on, to whoever has its addresses next.
-        """
+        """Forward nothing to a vm that is being removed; may be called again."""
         await self._forget(lambda: Port.vm == vm.id)
-        for address in (address for nic in vm.nics for address in nic.addresses):
+        await self.end_connections(vm.nics)
+
+    async def end_connections(self, nics: Iterable[NicRecord]) -> None:
+        """End what is open from or to cards that go: it is not for who has their addresses next."""
+        for address in (address for nic in nics for address in nic.addresses):
             await _end_connections(partial(end_connections_of, address))
 
     async def _forget(self, choose: Callable[[], Expression]) -> Sequence[PortInfo]:
