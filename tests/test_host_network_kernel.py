@@ -6,6 +6,7 @@ with the thread and takes every interface with it. Guests are processes in names
 
 import asyncio
 import ctypes
+import errno
 import fcntl
 import functools
 import json
@@ -26,6 +27,7 @@ from typing import ParamSpec
 import pytest
 
 from oscloudd.errors import AlreadyExistsError, HostError, NotFoundError
+from oscloudd.host.network import neighbours
 from oscloudd.host.network.bridges import Bridge, ensure_bridge, remove_bridge
 from oscloudd.host.network.counters import read_guest_traffic
 from oscloudd.host.network.firewall import (
@@ -278,6 +280,22 @@ def test_what_a_guest_sends_and_receives_is_counted() -> None:
     assert traffic.rx_bytes >= 1042
     os.close(tap_fd)
     assert read_guest_traffic("tap0") is None
+
+
+@in_namespace
+def test_neighbours_of_a_kernel_without_ipv6_are_those_it_knows() -> None:
+    def refuse(*_messages: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    asyncio.run(ensure_bridge(BRIDGE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "exchange", refuse)
+        set_neighbour("oscbr0", IPv6Address("fd00:a::2"), "52:54:00:00:00:01")
+        delete_neighbour("oscbr0", IPv6Address("fd00:a::2"))
+        with pytest.raises(HostError, match="can't be set"):
+            set_neighbour("oscbr0", IPv4Address("192.168.0.2"), "52:54:00:00:00:01")
+        with pytest.raises(HostError, match="can't be deleted"):
+            delete_neighbour("oscbr0", IPv4Address("192.168.0.2"))
 
 
 @in_namespace

@@ -28,7 +28,10 @@ _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 def set_neighbour(interface: str, address: IPv4Address | IPv6Address, mac: str) -> None:
-    """Say for good that `address` behind `interface` has the hardware address `mac`."""
+    """Say for good that `address` behind `interface` has the hardware address `mac`.
+
+    Of an IPv6 address nothing is said to a kernel that has none of it (`ipv6.disable=1`).
+    """
     hardware = pack_attribute(_HARDWARE, parse_mac(mac))
     try:
         index = socket.if_nametoindex(interface)
@@ -36,6 +39,8 @@ def set_neighbour(interface: str, address: IPv4Address | IPv6Address, mac: str) 
         message = pack_message(_NEW, ACKNOWLEDGE | CREATE | REPLACE, body)
         exchange(socket.NETLINK_ROUTE, message)
     except OSError as error:
+        if _is_without(error, address):
+            return
         raise HostError(
             f"neighbour {address} of {interface} can't be set: {error.strerror or error}"
         ) from error
@@ -50,10 +55,16 @@ def delete_neighbour(interface: str, address: IPv4Address | IPv6Address) -> None
         message = pack_message(_DELETE, ACKNOWLEDGE, _pack(index, address, 0))
         exchange(socket.NETLINK_ROUTE, message)
     except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.ENODEV, errno.ENOENT):
+        is_gone = error.errno in (errno.ENXIO, errno.ENODEV, errno.ENOENT)
+        if not is_gone and not _is_without(error, address):
             raise HostError(
                 f"neighbour {address} of {interface} can't be deleted: {error.strerror}"
             ) from error
+
+
+def _is_without(error: OSError, address: IPv4Address | IPv6Address) -> bool:
+    """Tell whether the kernel knows no IPv6 at all, which this is about."""
+    return address.version == 6 and error.errno == errno.EAFNOSUPPORT
 
 
 def _pack(index: int, address: IPv4Address | IPv6Address, state: int) -> bytes:
