@@ -3,7 +3,8 @@
 import asyncio
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -13,10 +14,11 @@ from oscloudd.cloud.names import Names
 from oscloudd.config import Config
 from oscloudd.errors import UnavailableError
 from oscloudd.host.network import name_server
+from oscloudd.host.network.dhcp import NamedGuest
 from oscloudd.host.network.name_server import NameServer
 from oscloudd.store.database import Database
 
-SUBNET = IPv4Network("10.0.0.0/24")
+SUBNET, OTHER_SUBNET = IPv4Network("10.0.0.0/24"), IPv4Network("10.0.1.0/24")
 LIMIT_SECONDS = 60
 
 
@@ -32,6 +34,53 @@ class AwayEvents:
         if self._tries == 1:
             raise UnavailableError("the database is away")
         self.told.append(message)
+
+
+class StubDatabase:
+    """Two networks, with a vm in the first one."""
+
+    async def run(self, read: object) -> list[Any]:
+        if read is names.read_vms:
+            nic = SimpleNamespace(bridge="oscbr0")
+            return [SimpleNamespace(id=5, state="STOPPED", nics=(nic,), is_process_alive=bool)]
+        return [("oscbr0", SUBNET, False, False), ("oscbr1", OTHER_SUBNET, False, False)]
+
+
+def test_an_address_that_a_dead_daemon_has_left_told_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def delete(server: NameServer, number: int, mac: str, address: str) -> None:
+        told.append((server.bridge, str(server.gateway), number, mac, address))
+        name_server.delete_guest(server, number, mac, address)
+
+    noun = Names(
+        Config(runtime_dir=str(tmp_path)),
+        cast("Database", StubDatabase()),
+        cast("Events", AwayEvents()),
+    )
+    noun.is_available = False
+    for subnet, bridge, number in (
+        (SUBNET, "oscbr0", 5),
+        (SUBNET, "oscbr0", 6),
+        (OTHER_SUBNET, "oscbr1", 5),
+    ):
+        server = noun.server(bridge, subnet)
+        guest = NamedGuest(f"52:54:00:00:00:0{number}", f"10.0.0.{number}", None, "web", number > 5)
+        name_server.write_guest(server, number, guest)
+    drafts = [tmp_path / "names/oscbr0" / kind / ".6" for kind in ("hosts", "addresses")]
+    for draft in drafts:
+        draft.write_text("half of")
+    monkeypatch.setattr(names, "delete_guest", delete)
+    for _ in range(2):
+        asyncio.run(noun.prepare())
+    assert told == [
+        ("oscbr0", "10.0.0.1/24", 6, "52:54:00:00:00:06", "10.0.0.6"),
+        ("oscbr1", "10.0.1.1/24", 5, "52:54:00:00:00:05", "10.0.0.5"),
+    ]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("names/*/*/*")}
+    assert left == {"names/oscbr0/hosts/5", "names/oscbr0/addresses/5"}
 
 
 def test_a_name_server_is_tried_again_whatever_went_wrong(

@@ -26,6 +26,7 @@ from oscloudd.host.network.name_server import (
     delete_guest,
     find_barrier,
     find_name_server,
+    find_told,
     is_installed,
     is_outdated,
     start_name_server,
@@ -75,9 +76,9 @@ class Names:
         # One that is being deleted may have lost its name already, and would keep it.
         vms = [vm for vm in await self._database.run(read_vms) if vm.state != VmState.DELETING]
         known = {(nic.bridge, str(vm.id)) for vm in vms for nic in vm.nics}
-        for path in (*self._directory.glob("*/hosts/*"), *self._directory.glob("*/addresses/*")):
-            if (path.parent.parent.name, path.name) not in known:
-                path.unlink()
+        for bridge, subnet, *_ in networks:
+            here = {number for other, number in known if other == bridge}
+            _forget_others(self.server(bridge, subnet), here)
         for vm in vms:
             self.publish(vm)
         running = _running_bridges(vms)
@@ -211,6 +212,16 @@ class Names:
             await process.wait_exit(None)
         finally:
             process.close()
+
+
+def _forget_others(server: NameServer, known: set[str]) -> None:
+    """Forget guests but these, as a daemon that died in the midst of it has not."""
+    for path in (*server.addresses.glob("*"), *server.hosts.glob("*")):
+        if path.name not in known:
+            told = find_told(server, int(path.name)) if path.name.isdecimal() else None
+            if told is not None:  # it may have that address still, and no other would get it
+                delete_guest(server, int(path.name), *told)
+            path.unlink(missing_ok=True)
 
 
 async def _end(server: NameServer) -> None:

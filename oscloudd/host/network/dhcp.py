@@ -65,6 +65,12 @@ def build_address(guest: NamedGuest) -> str:
     return f"{guest.mac},{tag}{guest.address},{guest.name}\n"
 
 
+def parse_address(text: str) -> tuple[str, str]:
+    """Read the MAC and the address in what `build_address` has built; raises ValueError."""
+    mac, *_, address, _name = text.split(",")
+    return mac, address
+
+
 def release_address(gateway: IPv4Interface, bridge: str, mac: str, address: str) -> None:
     """Have dnsmasq forget that it gave a guest an address, so that another may have it.
 

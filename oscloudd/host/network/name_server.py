@@ -21,6 +21,7 @@ from oscloudd.host.network.dhcp import (
     NamedGuest,
     build_address,
     build_dhcp_options,
+    parse_address,
     release_address,
 )
 from oscloudd.host.network.interfaces import check_interface_name
@@ -122,6 +123,14 @@ def delete_guest(server: NameServer, number: int, mac: str, address: str) -> Non
     if _reload(server):
         with suppress(OSError):  # the bridge has gone, and its guests with it
             release_address(server.gateway, server.bridge, mac, address)
+
+
+def find_told(server: NameServer, number: int) -> tuple[str, str] | None:
+    """Give the MAC of a guest's card and the address that it is told, as they are written down."""
+    try:
+        return parse_address((server.addresses / str(number)).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def _write(path: Path, text: str) -> bool:
