@@ -1,16 +1,19 @@
 """Several network cards a vm, through the socket of a real daemon whose qemu runs no machine."""
 
 import base64
+import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cloud_accounts import expected_traces, seen_traces
 from daemon_process import Box, RpcError
+from guest_cloud import wait_for_end
 from mariadb_server import MariaDb
 from test_rpc_exports import export
 from test_rpc_firewall import ruleset
@@ -165,12 +168,14 @@ print(sum((flow.target, flow.target_port) == (address, 7000) for flow in flows))
 """
 
 
-def test_nothing_goes_on_to_a_card_that_is_gone(lab: Box) -> None:
-    def run(code: str, address: str) -> str:
-        command = ["ip", "netns", "exec", lab.namespace, sys.executable, "-c", code, address]
-        root = Path(__file__).parents[1]
-        return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+def run_inside(box: Box, code: str, address: str) -> str:
+    command = ["ip", "netns", "exec", box.namespace, sys.executable, "-c", code, address]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
 
+
+def test_nothing_goes_on_to_a_card_that_is_gone(lab: Box) -> None:
+    run = partial(run_inside, lab)
     lab.create("web")
     web = lab.call("nic_add", vm="web", network="lab")
     stays, goes = ([nic["ip"], nic["ip6"]] for nic in web["nics"])
@@ -180,6 +185,28 @@ def test_nothing_goes_on_to_a_card_that_is_gone(lab: Box) -> None:
     lab.call("nic_delete", vm="web", nic="lab")
     assert [run(COUNT, address) for address in stays] == ["1\n", "1\n"]
     assert [run(COUNT, address) for address in goes] == ["0\n", "0\n"]
+
+
+def test_nothing_goes_on_to_a_card_that_daemon_and_qemu_died_over(lab: Box) -> None:
+    vm = lab.create("web-keeps_disks", network=["default", "lab"])
+    address = vm["nics"][1]["ip"]
+    run_inside(lab, SEND, address)
+
+    def end(progress: dict[str, Any]) -> None:
+        if progress["stage"] == "unplugging_nic" and lab.daemon is not None:
+            lab.end(signal.SIGKILL)
+
+    with pytest.raises(AssertionError, match="hung up"):
+        lab.call("nic_delete", end, vm=vm["id"], nic="lab")
+    pidfd = os.pidfd_open(vm["pid"])
+    os.kill(vm["pid"], signal.SIGKILL)
+    wait_for_end(pidfd)
+    os.close(pidfd)
+    assert run_inside(lab, COUNT, address) == "1\n"
+    lab.start()
+    assert len(lab.call("vm_info", vm=vm["id"])["nics"]) == 1
+    lab.until(lambda: run_inside(lab, COUNT, address) == "0\n", "the end of its connections")
+    lab.until(lambda: address not in ip(lab, "neighbour", "show"), "the end of its neighbour")
 
 
 def test_a_vm_that_is_off_gets_its_card_at_its_next_start(lab: Box) -> None:

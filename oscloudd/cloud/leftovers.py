@@ -21,7 +21,8 @@ from oscloudd.cloud.networks import Networks
 from oscloudd.cloud.nic_records import read_owned_nics
 from oscloudd.cloud.traces import Listing, Traces, list_traces, remove_traces
 from oscloudd.config import Config
-from oscloudd.errors import CloudError
+from oscloudd.errors import CloudError, HostError
+from oscloudd.host.network.connections import end_connections_of
 from oscloudd.host.network.links import (
     Tap,
     find_tap_holders,
@@ -238,6 +239,11 @@ def _delete_unclaimed(neighbours: list[_Neighbour]) -> list[str]:
     removed = []
     for bridge, address in neighbours:
         if (bridge, address) not in claimed:
+            # Not for who has the address next: a card's row may be gone, and this not done yet.
+            try:
+                end_connections_of(address)
+            except HostError as error:  # they end by themselves
+                _log.warning("%s", error.message)
             delete_neighbour(bridge, address)
             removed.append(f"{address} on {bridge}")
     return removed
