@@ -67,7 +67,7 @@ def test_an_address_that_a_dead_daemon_has_left_told_is_given_back(
         (OTHER_SUBNET, "oscbr1", 5),
     ):
         server = noun.server(bridge, subnet)
-        guest = NamedGuest(f"52:54:00:00:00:0{number}", f"10.0.0.{number}", None, "web", number > 5)
+        guest = NamedGuest(f"52:54:00:00:00:0{number}", f"10.0.0.{number}", None, "web")
         name_server.write_guest(server, number, guest)
     drafts = [tmp_path / "names/oscbr0" / kind / ".6" for kind in ("hosts", "addresses")]
     for draft in drafts:

@@ -130,7 +130,7 @@ def test_a_name_server_is_confined_by_systemd() -> None:
         "--local=/oscloud/", "--domain-needed", "--domain=oscloud",
         "--dhcp-range=192.168.0.0,static,255.255.0.0,infinite",
         "--dhcp-hostsfile=/run/oscloud/names/oscbr0/addresses",
-        "--dhcp-option=tag:noroute,option:router", "--dhcp-authoritative",
+        "--dhcp-authoritative",
         "--dhcp-ignore-clid", "--leasefile-ro", "--no-ping", "--dhcp-broadcast",
     ]  # fmt: skip
     service = build_names_service(argv, server)

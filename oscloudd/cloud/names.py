@@ -12,7 +12,7 @@ from ipaddress import IPv4Interface, IPv4Network
 
 from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.events import Events
-from oscloudd.cloud.nic_records import FIRST_SLOT, NicRecord
+from oscloudd.cloud.nic_records import NicRecord
 from oscloudd.cloud.states import VmState
 from oscloudd.cloud.vm_records import VmRecord, read_vms
 from oscloudd.config import Config
@@ -101,9 +101,7 @@ class Names:
         """
         if self.is_available:
             for nic in vm.nics:
-                has_route = nic.slot == FIRST_SLOT
-                name = hostname_of(vm.name)
-                guest = NamedGuest(nic.mac, nic.ip, nic.ip6, name, has_route)
+                guest = NamedGuest(nic.mac, nic.ip, nic.ip6, hostname_of(vm.name))
                 write_guest(self._server_of(nic), vm.id, guest)
 
     def forget(self, vm: VmRecord, nics: Iterable[NicRecord] | None = None) -> None:

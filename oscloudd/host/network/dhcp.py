@@ -17,22 +17,15 @@ _HEADER = struct.Struct("!4B I 2H 4s 4s 4s 4s 16s 64s 128s 4s")
 _MAGIC = bytes((99, 130, 83, 99))
 _MESSAGE_TYPE, _RELEASE, _SERVER_IDENTIFIER, _END = 53, 7, 54, 255
 
-# dnsmasq tells guests with this tag of no router.
-_NO_ROUTE = "noroute"
-
 
 @dataclass(frozen=True)
 class NamedGuest:
-    """What a guest's card in a network is told; `has_route` where its way out is there.
-
-    Its name leads to `address6`, too.
-    """
+    """A guest's card in a network, and what it is told; its name leads to `address6`, too."""
 
     mac: str
     address: str
     address6: str | None
     name: str
-    has_route: bool = True
 
     @property
     def addresses(self) -> list[str]:
@@ -47,7 +40,6 @@ def build_dhcp_options(gateway: IPv4Interface, directory: Path) -> list[str]:
         # An address is given to those in the directory only, and stays theirs.
         f"--dhcp-range={subnet.network_address},static,{subnet.netmask},infinite",
         f"--dhcp-hostsfile={directory}",
-        f"--dhcp-option=tag:{_NO_ROUTE},option:router",
         "--dhcp-authoritative",
         # A guest is told by the MAC that the firewall has it ask with, not by what it says it is.
         "--dhcp-ignore-clid",
@@ -61,13 +53,14 @@ def build_dhcp_options(gateway: IPv4Interface, directory: Path) -> list[str]:
 
 def build_address(guest: NamedGuest) -> str:
     """Build the file that has dnsmasq give a card its address, and tell it its hostname."""
-    tag = "" if guest.has_route else f"set:{_NO_ROUTE},"
-    return f"{guest.mac},{tag}{guest.address},{guest.name}\n"
+    # No tag, which would keep the router from a card beside the first: dnsmasq 2.90 frees it twice
+    # at the SIGHUP after a lease, and crashes.
+    return f"{guest.mac},{guest.address},{guest.name}\n"
 
 
 def parse_address(text: str) -> tuple[str, str]:
     """Read the MAC and the address in what `build_address` has built; raises ValueError."""
-    mac, *_, address, _name = text.split(",")
+    mac, address, _name = text.split(",")
     return mac, address
 
 
