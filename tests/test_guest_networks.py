@@ -37,7 +37,7 @@ def create_all(cloud: GuestCloud, network: str, names: list[str]) -> list[dict[s
 
 def ask(cloud: GuestCloud, vm: dict[str, Any], names: list[str]) -> dict[str, str]:
     """Give the address that a guest finds for each name that it knows, and that answers it."""
-    command = f"for name in {' '.join(names)}; do ping -c 1 -W 60 $name.oscloud || true; done"
+    command = f"for name in {' '.join(names)}; do ping -4 -c 1 -W 60 $name.oscloud || true; done"
     shown = cloud.ssh(vm, command)
     assert shown.count(" 0% packet loss") == len(FOUND.findall(shown)), shown
     return dict(FOUND.findall(shown))

@@ -57,11 +57,13 @@ def test_a_guest_is_told_of_every_card(cloud: GuestCloud, web: dict[str, Any]) -
     assert answers(cloud, web) == [True, True]
     [route] = re.findall("default .*", cloud.ssh(web, "ip route"))
     assert route.split() == ["default", "via", web["gateway"], "dev", "eth0"]
-    # Its name leads to the address that it has where the question comes from.
+    # Its name leads to the addresses that it has where the question comes from.
     other = cloud.create("other", network="lab")
-    assert f"web.oscloud ({IN_LAB})" in cloud.ssh(other, f"{PINGS} web.oscloud")
     third = cloud.create("third")
-    assert f"web.oscloud ({web['ip']})" in cloud.ssh(third, f"{PINGS} web.oscloud")
+    for asker, nic in ((third, web["nics"][0]), (other, web["nics"][1])):
+        for family, address in (("-4", nic["ip"]), ("-6", nic["ip6"])):
+            shown = cloud.ssh(asker, f"{PINGS} {family} web.oscloud")
+            assert f"web.oscloud ({address})" in shown
     counted = cloud.info(web)["nics"]
     assert all(nic["rx_bytes"] > 0 and nic["tx_packets"] > 0 for nic in counted)
     for vm in (other, third):

@@ -25,7 +25,7 @@ OWN = {
     "machine-id": "cat /etc/machine-id",
     "host keys": "cat /etc/ssh/ssh_host_*",
     "address": "ip -4 -o address show eth0 | sed 's/ *valid_lft.*//'",
-    "address6": "ip -6 -o address show eth0 | sed 's/ *valid_lft.*//'",
+    "address6": "ip -6 -o address show eth0 | sed 's/ nodad//; s/ *valid_lft.*//'",
     "mac": "cat /sys/class/net/eth0/address",
     "shadow": "grep ^root: /etc/shadow",
     "instance": "readlink /var/lib/cloud/instance; ls /var/lib/cloud/instances;"

@@ -15,7 +15,7 @@ import pytest
 from mariadb_server import MariaDb
 from peewee import DataError, IntegrityError
 
-from oscloudd.cloud import vm_records
+from oscloudd.cloud import nic_records, vm_records
 from oscloudd.cloud.vm_records import find_vm, read_vm, read_vms
 from oscloudd.errors import NotFoundError, UnavailableError
 from oscloudd.store.database import Database
@@ -33,7 +33,8 @@ def new_database(
 ) -> Iterator[Callable[[], Database]]:
     """Give a way to make a daemon's `Database` on one and the same database."""
     # It keeps the texts of its queries, and a daemon has only one kind of database.
-    vm_records._statement.cache_clear()
+    for module in (vm_records, nic_records):
+        module._statement.cache_clear()
     if request.param == "sqlite":
         yield lambda: Database(tmp_path / "oscloud.db")
         return

@@ -89,11 +89,11 @@ def find_name_server(server: NameServer) -> ProcessIdentity | None:
 
 
 def is_outdated(server: NameServer) -> bool:
-    """Tell whether one runs that an older version of this program has started, or other options."""
+    """Tell whether one runs that has other options, as an older version of this program gave it."""
+    # systemd writes the program's path in the place of its name.
+    _, *options = build_name_server(server, _user())
     _, command = _find(server)
-    return f"--pid-file={server.pid_file}" in command and not set(
-        build_name_server(server, _user())
-    ) <= set(command)
+    return f"--pid-file={server.pid_file}" in command and not set(options) <= set(command)
 
 
 def _find(server: NameServer) -> tuple[ProcessIdentity | None, list[str]]:
