@@ -168,7 +168,7 @@ def test_it_reads_what_the_host_writes() -> None:
     )
     assert commands[-2:] == [
         "address add fd12:3456:789a::2/64 dev eth0 nodad",
-        "route add ::/0 via fd12:3456:789a::1",
+        "route add ::/0 via fd12:3456:789a::1 proto static",
     ]
 
 

@@ -38,6 +38,7 @@ OWN = {
 SAME = {
     "keys": "cut -d ' ' -f 3 /root/.ssh/authorized_keys /home/debian/.ssh/authorized_keys",
     "route": "ip route | sed 's/ *$//'",
+    "route6": "ip -6 route show default | sed 's/ pref .*//'",
     "resolvers": "grep ^nameserver /run/systemd/resolve/resolv.conf",
     "failed": "systemctl --failed --no-legend",
     "status": "cloud-init status",
@@ -104,6 +105,7 @@ def test_each_is_who_it_is_told(clones: Clones) -> None:
         assert f"inet6 {vm['ip6']}/64 " in seen["address6"]
         assert seen["mac"] == vm["mac"]
         assert f"default via {vm['gateway']} dev eth0" in seen["route"]
+        assert seen["route"].count("default") == seen["route6"].count("default") == 1
         assert seen["resolvers"] == f"nameserver {vm['gateway']}"
         directory = f"/var/lib/cloud/instances/{vm['uuid']}"
         assert seen["instance"].split() == [directory, vm["uuid"], vm["uuid"]]

@@ -177,12 +177,13 @@ def build_link_commands(told: dict[str, str]) -> str:
         f"link set dev {CARD} address {told['mac']}",
         f"link set dev {CARD} up",
         f"address add {told['address']}/{told['prefix_length']} broadcast + dev {CARD}",
-        f"route add default via {told['gateway']}",
+        # As networkd writes it, which would else add a second one.
+        f"route add default via {told['gateway']} proto static",
     ]
     if "address6" in told:
         # Nobody else may have it, and looking for it takes a second.
         lines.append(f"address add {told['address6']} dev {CARD} nodad")
-        lines.append(f"route add ::/0 via {told['gateway6']}")
+        lines.append(f"route add ::/0 via {told['gateway6']} proto static")
     return "\n".join([*lines, ""])
 
 
