@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.keeping import keep_as_it_was
-from oscloudd.cloud.nic_records import NicRecord, OwnedNic, read_owned_nics
+from oscloudd.cloud.nic_records import Card, NicRecord, read_owned_nics
 from oscloudd.cloud.states import VmState
 from oscloudd.errors import NotFoundError
 from oscloudd.host.network.firewall import apply_ruleset, find_ruleset_bridges
@@ -126,5 +126,5 @@ def _elements_of(nics: Iterable[NicRecord]) -> list[Element]:
     return [element for nic in nics for element in build_elements(_port_of(nic))]
 
 
-def _port_of(nic: NicRecord | OwnedNic) -> GuestPort:
+def _port_of(nic: Card) -> GuestPort:
     return GuestPort(nic.tap, nic.mac, IPv4Address(nic.ip), nic.address6)

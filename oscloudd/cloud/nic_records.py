@@ -6,9 +6,10 @@ the ports that data disks are plugged into, too. All that reads rows is for insi
 
 from functools import cache, lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
+from peewee import Field
 
 from oscloudd.cloud.allocation import address6_of
 from oscloudd.store.models import Network, Nic, Vm, database_proxy
@@ -16,13 +17,10 @@ from oscloudd.store.models import Network, Nic, Vm, database_proxy
 FIRST_SLOT = 0
 
 
-class NicRecord(msgspec.Struct, frozen=True):
-    """One network card of a vm, with what belongs to its network; `id` is None for the first."""
+class Card(msgspec.Struct, frozen=True):
+    """What a network card is on this host and in its network, whosever it is."""
 
-    id: int | None
-    slot: int
     network_id: int
-    network: str
     network_ip: str
     network_mask: int
     network_subnet6: str | None
@@ -40,17 +38,20 @@ class NicRecord(msgspec.Struct, frozen=True):
     @property
     def ip6(self) -> str | None:
         """Its IPv6 address, if it has one."""
-        return _find_ip6(self)
-
-    @property
-    def address6(self) -> IPv6Address | None:
-        """The same as an address."""
-        return None if self.ip6 is None else IPv6Address(self.ip6)
+        if not self.dual_stack or self.network_subnet6 is None:
+            return None
+        return _build_ip6(self.network_subnet6, self.network_ip, self.network_mask, self.ip)
 
     @property
     def addresses(self) -> list[IPv4Address | IPv6Address]:
         """All its addresses, of either family."""
-        return _list_addresses(self)
+        address, address6 = IPv4Address(self.ip), self.address6
+        return [address] if address6 is None else [address, address6]
+
+    @property
+    def address6(self) -> IPv6Address | None:
+        """Its IPv6 address as an address."""
+        return None if self.ip6 is None else IPv6Address(self.ip6)
 
     @property
     def tap(self) -> str:
@@ -63,25 +64,42 @@ class NicRecord(msgspec.Struct, frozen=True):
         return f"oscbr{self.bridge_index}"
 
 
+class NicRecord(Card, frozen=True):
+    """One network card of a vm, with what belongs to its network; `id` is None for the first."""
+
+    id: int | None
+    slot: int
+    network: str
+
+
+class OwnedNic(Card, frozen=True):
+    """One card, and what its vm is."""
+
+    vm_id: int
+    vm: str
+    vm_state: str
+
+
+def _columns(table: type[Vm] | type[Nic]) -> tuple[Field, ...]:
+    """Give the columns of a card whose row is in `table`, in the order of `Card`."""
+    return (
+        Network.id,
+        Network.ip,
+        Network.mask,
+        Network.subnet6,
+        Network.bridge_interface_idx,
+        table.ip,
+        table.mac,
+        table.tap_interface_idx,
+        Vm.dual_stack,
+    )
+
+
 @cache
 def _statement(key: Literal["vm"] | None) -> str:
     # As for vms: peewee takes far longer to write it than the database to answer.
     query = (
-        Nic.select(
-            Nic.vm,
-            Nic.id,
-            Nic.slot,
-            Network.id,
-            Network.name,
-            Network.ip,
-            Network.mask,
-            Network.subnet6,
-            Network.bridge_interface_idx,
-            Nic.ip,
-            Nic.mac,
-            Nic.tap_interface_idx,
-            Vm.dual_stack,
-        )
+        Nic.select(*_columns(Nic), Nic.id, Nic.slot, Network.name, Nic.vm)
         .join(Network)
         .switch(Nic)
         .join(Vm)
@@ -95,85 +113,29 @@ def _statement(key: Literal["vm"] | None) -> str:
 def read_other_nics(vm_id: int) -> tuple[NicRecord, ...]:
     """Read the cards a vm has beside its first one, by slot."""
     rows = database_proxy.execute_sql(_statement("vm"), (vm_id,))
-    return tuple(NicRecord(*row[1:]) for row in rows)
+    return tuple(NicRecord(*row[:-1]) for row in rows)
 
 
 def read_all_other_nics() -> dict[int, list[NicRecord]]:
     """Read the cards that vms have beside their first ones, by vm."""
     found: dict[int, list[NicRecord]] = {}
-    for vm_id, *row in database_proxy.execute_sql(_statement(None)):
+    for *row, vm_id in database_proxy.execute_sql(_statement(None)):
         found.setdefault(vm_id, []).append(NicRecord(*row))
     return found
-
-
-class OwnedNic(NamedTuple):
-    """One card, and what its vm is; its addresses are those of `NicRecord`."""
-
-    vm_id: int
-    vm: str
-    vm_state: str
-    bandwidth: int  # bits a second, 0 for any
-    network_id: int
-    network_ip: str
-    network_mask: int
-    network_subnet6: str | None
-    bridge_index: int
-    ip: str
-    mac: str
-    tap_index: int
-    dual_stack: int
-
-    @property
-    def ip6(self) -> str | None:
-        """Its IPv6 address, if it has one."""
-        return _find_ip6(self)
-
-    @property
-    def address6(self) -> IPv6Address | None:
-        """The same as an address."""
-        return None if self.ip6 is None else IPv6Address(self.ip6)
-
-    @property
-    def addresses(self) -> list[IPv4Address | IPv6Address]:
-        """All its addresses, of either family."""
-        return _list_addresses(self)
-
-    @property
-    def bridge(self) -> str:
-        """The bridge its tap is a port of."""
-        return f"oscbr{self.bridge_index}"
-
-    @property
-    def tap(self) -> str:
-        """The name of its network interface on the host."""
-        return f"osctap{self.tap_index}"
 
 
 def read_owned_nics(network_id: int | None = None) -> list[OwnedNic]:
     """Read every card of every vm, by vm; or those in one network."""
     found: list[OwnedNic] = []
     for table in (Vm, Nic):
-        query = table.select(
-            Vm.id,
-            Vm.name,
-            Vm.state,
-            Vm.bandwidth,
-            Network.id,
-            Network.ip,
-            Network.mask,
-            Network.subnet6,
-            Network.bridge_interface_idx,
-            table.ip,
-            table.mac,
-            table.tap_interface_idx,
-            Vm.dual_stack,
-        ).join(Network, on=(Network.id == table.network))
+        query = table.select(*_columns(table), Vm.id, Vm.name, Vm.state)
+        query = query.join(Network, on=(Network.id == table.network))
         if table is Nic:
             query = query.switch(Nic).join(Vm)
         if network_id is not None:
             query = query.where(table.network == network_id)
         found += [OwnedNic(*row) for row in query.tuples()]
-    return sorted(found)
+    return sorted(found, key=lambda nic: (nic.vm_id, nic.network_id))
 
 
 def forget_nics(vm_id: int) -> None:
@@ -184,17 +146,6 @@ def forget_nics(vm_id: int) -> None:
 def forget_nic(nic_id: int) -> None:
     """Remove the row of one card; may be called again."""
     Nic.delete().where(Nic.id == nic_id).execute()
-
-
-def _find_ip6(nic: NicRecord | OwnedNic) -> str | None:
-    if not nic.dual_stack or nic.network_subnet6 is None:
-        return None
-    return _build_ip6(nic.network_subnet6, nic.network_ip, nic.network_mask, nic.ip)
-
-
-def _list_addresses(nic: NicRecord | OwnedNic) -> list[IPv4Address | IPv6Address]:
-    address, address6 = IPv4Address(nic.ip), nic.address6
-    return [address] if address6 is None else [address, address6]
 
 
 @cache

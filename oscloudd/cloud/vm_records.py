@@ -270,8 +270,8 @@ def _record(row: Iterable[Any], other_nics: tuple[NicRecord, ...]) -> VmRecord:
 def describe(vm: VmRecord) -> VmInfo:
     """Give what users are shown."""
     running = vm.started_at is not None and vm.pid is not None
-    first = vm.nics[0]
-    nics = [NicInfo(nic.slot, nic.network, nic.ip, nic.ip6, nic.mac, nic.tap) for nic in vm.nics]
+    cards = vm.nics
+    nics = [NicInfo(nic.slot, nic.network, nic.ip, nic.ip6, nic.mac, nic.tap) for nic in cards]
     return VmInfo(
         id=vm.id,
         name=vm.name,
@@ -282,7 +282,7 @@ def describe(vm: VmRecord) -> VmInfo:
         network=vm.network,
         ip=vm.ip,
         ip6=nics[0].ip6,
-        gateway=str(gateway_of(first.subnet)),
+        gateway=str(gateway_of(cards[0].subnet)),
         mac=vm.mac,
         mem_size=vm.mem_size,
         disk_size=vm.disk_size,
