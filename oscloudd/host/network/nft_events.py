@@ -3,13 +3,12 @@
 Owns a netlink socket in the group that every change of nftables is told to.
 """
 
-import asyncio
 import contextlib
-import errno
 import socket
 from collections.abc import Iterator
 
-from oscloudd.host.network.netlink import find_attribute, parse_messages
+from oscloudd.host.network.kernel_events import KernelEvents
+from oscloudd.host.network.netlink import Message, find_attribute
 from oscloudd.host.network.set_elements import NETLINK_NETFILTER, SUBSYSTEM
 
 # linux/netlink.h, asm-generic/socket.h and linux/netfilter/nfnetlink.h
@@ -23,37 +22,20 @@ _TABLE_ATTRIBUTE = 1
 
 # The tables for ten thousand guests are told of in some 5 MB.
 _BUFFER_BYTES = 16 << 20
-_RECEIVE_BYTES = 1 << 20
 
 
-class TableEvents:
+class TableEvents(KernelEvents):
     """Tells of changes to our tables of one name that were not announced with `own_change`."""
 
     def __init__(self, table: str) -> None:
+        super().__init__(NETLINK_NETFILTER)
         self._table = table.encode()
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _NFTABLES_GROUP)
-        self._touched = asyncio.Event()
         self._ours_to_come = 0
         self._is_ours = False
-        asyncio.get_running_loop().add_reader(self._socket, self._read)
-
-    def close(self) -> None:
-        """Hear no more."""
-        asyncio.get_running_loop().remove_reader(self._socket)
-        self._socket.close()
-
-    async def touched(self) -> None:
-        """Wait until somebody else has changed our tables, since the last time."""
-        await self._touched.wait()
-        self._touched.clear()
-
-    def touch(self) -> None:
-        """Take our tables for changed by somebody else."""
-        self._touched.set()
+        self._begin()
 
     @contextlib.contextmanager
     def own_change(self) -> Iterator[None]:
@@ -70,24 +52,16 @@ class TableEvents:
             self._read()
             self._ours_to_come = 0
 
-    def _read(self) -> None:
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self._close_transaction()  # what was lost may have been about our tables
-                continue
-            for message in parse_messages(data):
-                if message.kind == _NEW_GENERATION and self._is_ours:
-                    self._close_transaction()
-                elif message.kind != _NEW_GENERATION:
-                    attributes = message.body[_GENERIC_BYTES:]
-                    name = find_attribute(attributes, _TABLE_ATTRIBUTE) or b""
-                    self._is_ours = self._is_ours or name.rstrip(b"\0") == self._table
+    def _lose(self) -> None:
+        self._close_transaction()  # what was lost may have been about our tables
+
+    def _hear(self, message: Message) -> None:
+        if message.kind == _NEW_GENERATION and self._is_ours:
+            self._close_transaction()
+        elif message.kind != _NEW_GENERATION:
+            attributes = message.body[_GENERIC_BYTES:]
+            name = find_attribute(attributes, _TABLE_ATTRIBUTE) or b""
+            self._is_ours = self._is_ours or name.rstrip(b"\0") == self._table
 
     def _close_transaction(self) -> None:
         self._is_ours = False
