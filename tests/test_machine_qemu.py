@@ -193,6 +193,19 @@ def test_the_stop_ladder_goes_as_far_as_it_must(
     run(bench, scene())
 
 
+def test_one_that_has_ended_and_is_let_go_of_is_stopped_already(bench: Bench) -> None:
+    # Its end is being written down, for as long as the database takes, when the stop comes.
+    async def scene() -> None:
+        machine = await bench.launch("shutdown_after_cont")
+        await machine.resume()
+        await machine.exited
+        await machine.close()
+        for force in (False, True):
+            assert (await machine.stop(force=force)).kind is EndingKind.GUEST_SHUTDOWN
+
+    run(bench, scene())
+
+
 def test_a_paused_guest_is_let_run_to_see_its_power_button(bench: Bench) -> None:
     async def scene() -> None:
         machine = await bench.launch()

@@ -182,6 +182,8 @@ class Qemu:
         OperationTimeoutError if even SIGKILL did not end the process, which a host with a dead
         disk can do.
         """
+        if self.exited.done():
+            return self.exited.result()
         ladder = [(self._quit, QUIT_SECONDS)]
         if not force:
             ladder.insert(0, (self._ask_guest, timeout_seconds))
