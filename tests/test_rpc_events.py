@@ -209,6 +209,7 @@ def test_one_that_does_not_read_is_cut_off_and_told_from_where_to_go_on(box: Box
         announce(box)
         for _ in range(MANY):
             good.until(name="filler")
+        box.until(lambda: "cut off after event" in box.log(), "the end of patience")
         answer = deaf.answer()
         error = answer["error"]
         assert (error["code"], error["data"]["kind"]) == (11, "unavailable")

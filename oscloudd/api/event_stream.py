@@ -7,6 +7,7 @@ from where to go on.
 
 import asyncio
 import bisect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,6 +22,9 @@ _BATCH = 256
 _RECENT_EVENTS = 512
 # So many new events while the client has taken nothing. It can still come back and miss none.
 _MOST_BEHIND = KEPT_EVENTS // 4
+# A burst of events outruns every client for as long as the client is not given a processor.
+_BEHIND_SECONDS = 2.0
+_log = logging.getLogger(__name__)
 _encoder = msgspec.json.Encoder()
 
 
@@ -174,21 +178,24 @@ def _send(connection: Connection, lines: list[Line]) -> int:
 async def _make_way(tip: _Tip, connection: Connection, position: int) -> None:
     """Wait until the client has taken nearly everything, or cut it off."""
     loop = asyncio.get_running_loop()
-    seconds = connection.limits.stalled_seconds
-    left, latest, end = connection.unsent_bytes, tip.latest, loop.time() + seconds
+    left, latest, since = connection.unsent_bytes, tip.latest, loop.time()
     while not connection.writable.done():
-        await asyncio.wait(
-            {connection.writable, tip.news, tip.task},
-            timeout=max(0.0, end - loop.time()),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        tip.check()
-        if connection.unsent_bytes < left:
-            left, latest, end = connection.unsent_bytes, tip.latest, loop.time() + seconds
-        elif tip.latest - latest >= _MOST_BEHIND or loop.time() >= end:
+        is_far_behind = tip.latest - latest >= _MOST_BEHIND
+        seconds = _BEHIND_SECONDS if is_far_behind else connection.limits.stalled_seconds
+        remaining = since + seconds - loop.time()
+        if remaining <= 0:
             connection.is_last_answer = True
+            _log.info("a client that watches events is cut off after event %d", position)
             raise UnavailableError(
                 f"cut off after event {position}: they are not read as fast as they happen",
                 hint=f"watch from {position} on: nothing is lost yet",
                 since=position,
             )
+        await asyncio.wait(
+            {connection.writable, tip.news, tip.task},
+            timeout=remaining,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        tip.check()
+        if connection.unsent_bytes < left:
+            left, latest, since = connection.unsent_bytes, tip.latest, loop.time()
