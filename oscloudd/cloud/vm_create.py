@@ -13,7 +13,7 @@ import msgspec
 from peewee import IntegrityError
 
 from oscloudd.cloud.allocation import mac_of
-from oscloudd.cloud.disk_records import check_can_boot, read_disk
+from oscloudd.cloud.disk_records import DiskRecord, check_can_boot, read_disk
 from oscloudd.cloud.disk_sizes import check_room
 from oscloudd.cloud.job_rows import insert_job
 from oscloudd.cloud.jobs import Job, JobInfo, Jobs, Order
@@ -321,19 +321,7 @@ class VmCreator:
         owner_uid: int,
     ) -> JobRow:
         """Insert the rows, the job's among them; nobody else can be given the same."""
-        if not template.image.exists():
-            raise UnavailableError(
-                f"template {template.name} has just been deleted", hint="choose another image"
-            )
-        if warm is not None and not warm.directory.exists():
-            raise UnavailableError(
-                f"warm image {warm.name} has just been removed", hint="try again"
-            )
-        original = request.original
-        if original is not None and not _is_layer(original.layer_id):
-            raise UnavailableError(
-                "what was to be cloned has just been deleted", hint="see: oscloudctl vm-list"
-            )
+        _check_still_there(request, template, warm)
         network = self._check_can_reserve(request)
         unique = draw_uuid() if spare is None else uuid.UUID(spare.uuid)
         if is_mac_taken(mac_of(unique.hex)):
@@ -345,57 +333,34 @@ class VmCreator:
             others=request.other_nics,
             tap_index=None if spare is None else spare.tap_index,
         )
-        has_ipv6 = takes_ipv6(template)
         there = None if request.disk is None else read_disk(request.disk)
-        access = Access(
-            hash_password(request.password),
-            request.ssh_keys,
-            is_kept=original is not None,
-            is_copy=(
-                original is not None
-                or template.has_identity
-                or (there is not None and bool(there.has_identity))
-            ),
-        )
         identity = draw_identity(
-            request.name, network, given, key, access, uuid_hex=unique.hex,
-            resolvers=self._networks.resolvers(network), has_ipv6=has_ipv6,
+            request.name, network, given, key, _access_of(request, template, there),
+            uuid_hex=unique.hex, resolvers=self._networks.resolvers(network),
+            has_ipv6=takes_ipv6(template),
         )  # fmt: skip
         told_by = template.declaration.guest.identity
         if told_by == "dhcp":
             self._networks.check_serves_dhcp(network)
-        document = _document_for(identity, str(unique), warm, told_by)
-        standing_on = original.warm_image if original is not None else warm and warm.name
-        now = time.time()
         if there is not None:
             check_can_boot(there, takes_identity_once=told_by == "serial")
-            disk_id = there.id
-        else:
-            disk_id = Disk.create(
-                # Not the vm's name alone: that may be given to another once this vm is renamed.
-                name=f"{request.name[:54]}-{unique.hex[:8]}",
-                size=request.disk_size,
-                template_name=template.name,
-                warm_image=standing_on,
-                layer_id=None if original is None else original.layer_id,
-                created_at=now,
-            ).id
+        now = time.time()
         vm = Vm.create(
             name=request.name,
             uuid=str(unique),
-            disk=disk_id,
+            disk=_insert_disk(request, template, warm, unique, now) if there is None else there.id,
             network=network.id,
             mem_size=request.mem_size,
             cpus=request.cpus,
             ip=given.ip,
-            dual_stack=has_ipv6,
+            dual_stack=takes_ipv6(template),
             mac=identity.mac,
             tap_interface_idx=given.tap_index,
             qemu_serial_port=given.serial_port,
             state=VmState.CREATING,
             wanted_state=WantedState.RUNNING,
             host_keys="" if told_by == "dhcp" else key.public,
-            seed_document=document,
+            seed_document=_document_for(identity, str(unique), warm, told_by),
             autostart=request.autostart,
             restart=request.restart,
             bandwidth=request.bandwidth,
@@ -406,6 +371,53 @@ class VmCreator:
             insert_nic(vm.id, nic)
         insert_ports(vm.id, vm.name, request.publish)
         return _insert_job(request, vm, identity if told_by == "cloud-init" else None, spare)
+
+
+def _check_still_there(request: VmRequest, template: ReadyTemplate, warm: WarmImage | None) -> None:
+    """Say what of that which a vm is to stand on has gone since it was chosen."""
+    if not template.image.exists():
+        raise UnavailableError(
+            f"template {template.name} has just been deleted", hint="choose another image"
+        )
+    if warm is not None and not warm.directory.exists():
+        raise UnavailableError(f"warm image {warm.name} has just been removed", hint="try again")
+    if request.original is not None and not _is_layer(request.original.layer_id):
+        raise UnavailableError(
+            "what was to be cloned has just been deleted", hint="see: oscloudctl vm-list"
+        )
+
+
+def _access_of(request: VmRequest, template: ReadyTemplate, there: DiskRecord | None) -> Access:
+    """Give who may log in; a copy of another guest's disk has accounts already."""
+    has_accounts = template.has_identity or (there is not None and bool(there.has_identity))
+    return Access(
+        hash_password(request.password),
+        request.ssh_keys,
+        is_kept=request.original is not None,
+        is_copy=request.original is not None or has_accounts,
+    )
+
+
+def _insert_disk(
+    request: VmRequest,
+    template: ReadyTemplate,
+    warm: WarmImage | None,
+    unique: uuid.UUID,
+    created_at: float,
+) -> int:
+    """Insert the row of a vm's own disk, and give its id."""
+    original = request.original
+    return int(
+        Disk.create(
+            # Not the vm's name alone: that may be given to another once this vm is renamed.
+            name=f"{request.name[:54]}-{unique.hex[:8]}",
+            size=request.disk_size,
+            template_name=template.name,
+            warm_image=original.warm_image if original is not None else warm and warm.name,
+            layer_id=None if original is None else original.layer_id,
+            created_at=created_at,
+        ).id
+    )
 
 
 def _document_for(
