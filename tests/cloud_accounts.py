@@ -13,7 +13,7 @@ from fake_qemu import TORN
 
 from oscloudd.host.network.name_server import is_installed
 
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 90.0
 
 
 def tail(box: Box, characters: int = 5000) -> str:

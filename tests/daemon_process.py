@@ -23,7 +23,7 @@ from typing import Any
 from mariadb_server import MariaDb
 
 IMAGE = "fake_1"
-LIMIT_SECONDS = 20.0
+LIMIT_SECONDS = 90.0
 _numbers = itertools.count(1)
 
 _CONFIG = """\

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_SECONDS = 20.0
+LIMIT_SECONDS = 90.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from kept import KEPT, ROOT, keep
 from oscloudctl.client import Client
 
 NETNS = ROOT / "packaging/checkout/netns"
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 90.0
 BOOT_SECONDS = 300.0
 BUILD_SECONDS = 1800.0
 BOOT_ID = "/proc/sys/kernel/random/boot_id"

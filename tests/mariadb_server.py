@@ -19,7 +19,7 @@ from typing import Any
 
 import pymysql
 
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 90.0
 _MEMORY = "/dev/shm"
 _MEMORY_BYTES = 1 << 30
 _numbers = itertools.count(1)

@@ -27,7 +27,7 @@ from pexpect.fdpexpect import fdspawn
 from oscloudd.errors import CancelledJobError, CloudError, NotFoundError
 
 ROOT = Path(__file__).parent.parent
-DEADLINE_SECONDS = 20
+DEADLINE_SECONDS = 90
 
 VM = {
     "id": 1, "name": "web", "state": "RUNNING", "wanted_state": "RUNNING", "reason": None,

@@ -26,7 +26,7 @@ import up  # noqa: E402
 from stages import CheckoutError, run, run_command  # noqa: E402
 from supervised import Supervised, find_start_time  # noqa: E402
 
-DEADLINE_SECONDS = 30
+DEADLINE_SECONDS = 90
 
 
 # --- configuration

@@ -11,7 +11,7 @@ from oscloudd.cloud import bridge_keeping
 from oscloudd.cloud.bridge_keeping import BridgeKeeper
 from oscloudd.errors import CloudError, HostError, OperationTimeoutError
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 90
 
 
 class StubCloud:

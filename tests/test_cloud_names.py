@@ -19,7 +19,7 @@ from oscloudd.host.network.name_server import NameServer
 from oscloudd.store.database import Database
 
 SUBNET, OTHER_SUBNET = IPv4Network("10.0.0.0/24"), IPv4Network("10.0.1.0/24")
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 90
 
 
 class AwayEvents:

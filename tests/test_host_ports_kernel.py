@@ -39,7 +39,7 @@ from oscloudd.host.ports import find_port_holder, hold_port
 LOOPBACK = IPv4Address("127.0.0.1")
 GUEST = IPv4Address("192.168.0.2")
 SUBNET = IPv4Network("192.168.0.0/16")
-LIMIT_SECONDS = 20
+LIMIT_SECONDS = 90
 
 # Says to each who connects which address that has.
 SERVER = """

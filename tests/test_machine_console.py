@@ -16,7 +16,7 @@ from oscloudd.machine import console_log
 from oscloudd.machine.console import BACKLOG_BYTES, HISTORY_BYTES, Attachment, SerialConsole
 from oscloudd.machine.telnet import TelnetInput, TelnetServer
 
-LIMIT_SECONDS = 10
+LIMIT_SECONDS = 90
 
 
 class Guest:

@@ -25,7 +25,7 @@ from oscloudd.machine.qemu import ForeignMachineError, Qemu, adopt
 from oscloudd.machine.qemu_version import inspect_qemu
 from oscloudd.machine.run_directory import RunDirectory
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 90
 USER = QemuUser("nobody", 65534, 65534, ())
 
 

@@ -29,7 +29,7 @@ from oscloudd.machine.sealed_memory import (
 )
 from oscloudd.machine.warm import identify_binary, recipe_key, resize_disk, restore, save
 
-LIMIT_SECONDS = 20
+LIMIT_SECONDS = 90
 MEMORY_BYTES = 32 << 20
 DISK_BYTES = 1 << 20
 USER = QemuUser("nobody", 65534, 65534, ())
