@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_a_qemu_that_dies_while_the_daemon_is_away_is_crashed(box: Box) -> None:
     seen = box.call("vm_info", vm="web")
     assert (seen["state"], seen["pid"]) == ("CRASHED", None)
     assert seen["reason"] == "qemu ended while the daemon was away"
+    assert box.call("vm_start", vm="web")["state"] == "RUNNING"
+
+
+def test_a_qemu_that_dies_while_it_is_taken_over_is_crashed(box: Box) -> None:
+    vm = box.create("web")
+    os.kill(vm["pid"], signal.SIGSTOP)
+    box.end(signal.SIGKILL)
+    box.start()
+    # Nothing tells that the daemon waits for its answer by now; earlier is as good.
+    time.sleep(0.2)
+    os.kill(vm["pid"], signal.SIGKILL)
+    assert box.wait("web", "CRASHED")["pid"] is None
+    box.until(lambda: "(web) adopted" in box.log(), "the end of its judging")
+    assert box.call("vm_info", vm="web")["state"] == "CRASHED"
     assert box.call("vm_start", vm="web")["state"] == "RUNNING"
 
 

@@ -247,7 +247,8 @@ class Supervisor:
             _log.warning("vm %d (%s): %s", vm.id, vm.name, error.message)
             if see:
                 reason = f"qemu does not answer: {error.message}"
-                await self._states.see(vm.id, VmState.UNRESPONSIVE, reason)
+                pid = held.qemu.identity.pid
+                await self._states.see_of(vm.id, pid, VmState.UNRESPONSIVE, reason)
 
     async def adopt_unrecorded(self, vm: VmRecord) -> bool:
         """Take hold of a qemu that runs in the vm's directory though no row says so.
@@ -338,7 +339,7 @@ class Supervisor:
         except CloudError as error:
             state, reason = VmState.UNRESPONSIVE, error.message
             held.is_late = True
-        await self._states.see(vm.id, state, reason)
+        await self._states.see_of(vm.id, held.qemu.identity.pid, state, reason)
 
     async def close(self) -> None:
         """Let go of every qemu; all of them run on."""
@@ -365,7 +366,8 @@ class Supervisor:
                 await held.qemu.resume()
                 status = "running"
             if status != "io-error" or vm.state != VmState.PAUSED:
-                await self._states.see(vm.id, *state_of(status))
+                pid = held.qemu.identity.pid
+                await self._states.see_of(vm.id, pid, *state_of(status))
         if status == "io-error" and vm.reason != PAUSED_BY_USER:
             held.is_out_of_space = await self._heartbeat.is_out_of_space(held)
         await self._boot.attend(vm, held)

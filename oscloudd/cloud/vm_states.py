@@ -99,6 +99,16 @@ class VmStates:
 
         return await self.change(write)
 
+    async def see_of(self, vm_id: int, pid: int, state: VmState, reason: str = "") -> None:
+        """Write down what is seen of a qemu, unless its end has been written down by now."""
+
+        def write() -> None:
+            seen = find_vm(vm_id)
+            if seen is not None and seen.pid == pid:
+                write_state(vm_id, state, reason)
+
+        await self.change(write)
+
     async def look(self, work: Callable[[], T]) -> T:
         """Run a transaction that only reads, however long it takes until the database answers."""
         return await self._database.run_when_available(work)
