@@ -1,10 +1,11 @@
-"""When an ssh banner comes: one prober for everything that is measured."""
+"""When an ssh banner comes, or a login prompt: one prober for everything that is measured."""
 
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 BOOT_SECONDS = 300.0
 _ATTEMPT_SECONDS = 0.1
@@ -33,3 +34,12 @@ def wait_banner(address: str) -> float:
         except OSError:
             time.sleep(_PAUSE_SECONDS)  # a refusal comes at once
     raise TimeoutError(f"no sshd answered at {address} within {BOOT_SECONDS:g} s")
+
+
+def wait_text(path: Path, text: bytes) -> None:
+    """Wait until a file that is being written has this in it."""
+    deadline = time.monotonic() + BOOT_SECONDS
+    while text not in path.read_bytes():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} has no {text!r} after {BOOT_SECONDS:g} s")
+        time.sleep(_PAUSE_SECONDS)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import warm
-from banner import BOOT_SECONDS, banner_of, wait_banner
+from banner import BOOT_SECONDS, banner_of, wait_banner, wait_text
 from daemon import Daemon, say
 from machine import Figure, give_ratio, give_seconds
 
@@ -33,8 +33,6 @@ from oscloudd.machine.arguments import Descriptors, MachineSpec, build_arguments
 
 RATIO_AIM = 1.05
 WARM_RATIO_AIM = 0.033
-
-_TAP = "benchtap"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,10 @@ def measure(image: str, runs: int) -> tuple[dict[str, str], list[Figure]]:
     turns = [take_turn(daemon, bare, image, number) for number in range(runs)]
     with daemon.running() as client:
         clones = [turn.clone for turn in turns]
-        more = warm.measure(client, image, daemon.state, IPv4Address(bare.address) + 300, clones)
+        say("Booting one bare qemu, then two at once")
+        more = [describe_side_by_side(image, bare, daemon.directory)]
+        first = IPv4Address(bare.address) + 300
+        more += warm.measure(client, image, daemon.state, first, clones)
     facts = {"qemu": str(info["qemu_version"]), "accelerator": str(info["accelerator"])}
     if not warm.HAS_POOL:
         facts["pool"] = "this version keeps no spare clones: nothing was measured from a pool"
@@ -136,6 +137,18 @@ def describe(image: str, turns: list[Turn]) -> list[Figure]:
     ]
 
 
+def describe_side_by_side(image: str, bare: Bare, directory: Path) -> Figure:
+    """Measure what a second processor is worth here, which no number of vms at once can pass.
+
+    Two processors of a virtual machine may be one core's two threads.
+    """
+    alone, both = (boot_side_by_side(bare, directory, count) for count in (1, 2))
+    what = (
+        f"{image}: two bare qemus at once ({both:.2f} s) / one after the other (2 x {alone:.2f} s)"
+    )
+    return Figure(what, f"1/{2 * alone / both:.2f}")
+
+
 def prepare_bare(daemon: Daemon, client: Client, image: str) -> Bare:
     """Let a vm take its identity in, and keep its disk."""
     params = {"name": "model", "image": image, "warm": "off"}
@@ -156,27 +169,57 @@ def prepare_bare(daemon: Daemon, client: Client, image: str) -> Bare:
 
 
 def boot_bare(bare: Bare, directory: Path) -> float:
-    """Boot a fresh copy of the disk under a qemu of our own, as root and unsupervised."""
-    disk = directory / "bare.qcow2"
+    """Boot a bare qemu; give the seconds until its sshd greets."""
+    set_neighbour(bare.bridge, IPv4Address(bare.address), bare.spec.mac)
+    try:
+        with _running(bare, directory, "bare0") as (begin, _console):
+            return wait_banner(bare.address) - begin
+    finally:
+        delete_neighbour(bare.bridge, IPv4Address(bare.address))
+
+
+def boot_side_by_side(bare: Bare, directory: Path, count: int) -> float:
+    """Boot so many bare ones at once; give the seconds until each shows its login prompt.
+
+    They all have one address, so that none can be asked over the network.
+    """
+    with ExitStack() as stack:
+        machines = [
+            stack.enter_context(_running(bare, directory, f"bare{number}"))
+            for number in range(count)
+        ]
+        for _begin, console in machines:
+            wait_text(console, b"login:")
+        return time.monotonic() - machines[0][0]
+
+
+@contextmanager
+def _running(bare: Bare, directory: Path, name: str) -> Iterator[tuple[float, Path]]:
+    """Run a fresh copy of the disk under a qemu of our own, as root and unsupervised.
+
+    Gives the moment of its start, and what its console is written to.
+    """
+    disk, console = directory / f"{name}.qcow2", directory / f"log/{name}.console.log"
     shutil.copyfile(bare.disk, disk)
-    with _qemu_arguments(replace(bare, disk=disk), directory) as (argv, numbers):
-        set_neighbour(bare.bridge, IPv4Address(bare.address), bare.spec.mac)
+    console.unlink(missing_ok=True)
+    with _qemu_arguments(replace(bare, disk=disk), console, name) as (argv, numbers):
         begin = time.monotonic()
-        with (directory / "log/bare.log").open("ab") as log:
+        with (directory / f"log/{name}.log").open("ab") as log:
             qemu = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=numbers
             )
         try:
-            return wait_banner(bare.address) - begin
+            yield begin, console
         finally:
             qemu.kill()
             qemu.wait(30)
-            delete_neighbour(bare.bridge, IPv4Address(bare.address))
             disk.unlink()
 
 
 @contextmanager
-def _qemu_arguments(bare: Bare, directory: Path) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+def _qemu_arguments(
+    bare: Bare, console: Path, tap_name: str
+) -> Iterator[tuple[list[str], tuple[int, ...]]]:
     with ExitStack() as stack:
 
         def opened(path: Path, flags: int) -> int:
@@ -190,15 +233,13 @@ def _qemu_arguments(bare: Bare, directory: Path) -> Iterator[tuple[list[str], tu
             listener.listen()
             return listener.fileno()
 
-        tap = open_tap(_TAP, bare.bridge)
+        tap = open_tap(tap_name, bare.bridge)
         stack.callback(os.close, tap)
         descriptors = Descriptors(
             monitor=listening(),
             serial=listening(),
             channel=listening(),
-            console_log=opened(
-                directory / "log/bare.console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            ),
+            console_log=opened(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
             disk=opened(bare.disk, os.O_RDWR),
             base=opened(bare.template / "disk.qcow2", os.O_RDONLY),
             kernel=opened(bare.template / bare.kernel, os.O_RDONLY),
