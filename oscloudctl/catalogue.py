@@ -36,7 +36,7 @@ COMMANDS: dict[str, Entry] = {
     "vm-delete": Entry(_VM, "vm_power", "Delete vms and their disks."),
     "vm-clone": Entry(_VM, "vm_clone", "Make a vm with another one's disk, and start it."),
     "vm-rename": Entry(_VM, "vm", "Give a vm another name."),
-    "vm-set": Entry(_VM, "vm_set", "Change what vms are: size, name, policies, bandwidth."),
+    "vm-set": Entry(_VM, "vm_set", "Change what vms are: size, name, networks, policies."),
     "vm-export": Entry(_VM, "export", "Write a vm into one file, for vm-import."),
     "vm-import": Entry(_VM, "vm_import", "Make a stopped vm of a file that vm-export wrote."),
     "vm-publish": Entry(_VM, "vm_publish", "Make a template of a stopped vm."),

@@ -1,6 +1,7 @@
-"""The commands of network cards beside a vm's first."""
+"""Network cards: the commands of those beside a vm's first, and the option that names them all."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -16,8 +17,29 @@ from oscloudctl.session import (
     vm_argument,
 )
 
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
 # A guest has half a minute to let go.
 SILENCE_SECONDS = 120.0
+
+
+def network_option(what: str) -> Callable[[Decorated], Decorated]:
+    """Add `--network`, several times for several cards."""
+    return click.option(
+        "--network", "networks", multiple=True, metavar="NETWORK[,ip=ADDRESS]",
+        shell_complete=complete_from("network_list"), help=what,
+    )  # fmt: skip
+
+
+def read_networks(given: tuple[str, ...]) -> list[int | str] | int | str | None:
+    """Give the methods' `network` for what was typed, None for nothing."""
+    networks = [parse_target(each) for each in given]
+    return networks if len(networks) > 1 else next(iter(networks), None)
+
+
+def describe_cards(vm: dict[str, Any]) -> str:
+    """Say which cards a vm has."""
+    return "cards in: " + ", ".join(f"{nic['network']} ({nic['ip']})" for nic in vm["nics"])
 
 
 @click.command("nic-add")
@@ -63,5 +85,4 @@ def _change(session: Session, method: str, *, as_json: bool, ids_only: bool, **p
     if as_json or ids_only:
         print_objects([vm], as_json=as_json, ids_only=ids_only)
     else:
-        cards = ", ".join(f"{nic['network']} ({nic['ip']})" for nic in vm["nics"])
-        click.echo(f"{vm['name']} has cards in: {cards}")
+        click.echo(f"{vm['name']} has {describe_cards(vm)}")

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from oscloudctl.job_call import call_job, print_begun
+from oscloudctl.nic import network_option, read_networks
 from oscloudctl.output import print_objects
 from oscloudctl.session import (
     Session,
@@ -37,12 +38,10 @@ wait_option = click.option(
     "--image", metavar="TEMPLATE", shell_complete=complete_from("template_list"),
     help=f"The template it is made from.  [default: {DEFAULT_IMAGE}]",
 )  # fmt: skip
-@click.option(
-    "--network", multiple=True, metavar="NETWORK[,ip=ADDRESS]",
-    shell_complete=complete_from("network_list"),
-    help="The network it is in; several times for a card in each, the first of which has the way"
-    ' out.  [default: "default"]',
-)  # fmt: skip
+@network_option(
+    "The network it is in; several times for a card in each, the first of which has the way"
+    ' out.  [default: "default"]'
+)
 @click.option("--mem-size", metavar="SIZE", help="Memory, such as 512M.  [default: 1G]")
 @click.option("--disk-size", metavar="SIZE", help="Disk, such as 20G.  [default: 10G]")
 @click.option(
@@ -90,7 +89,7 @@ def vm_create(
     disk: str | None,
     wait: str | None,
     publish: tuple[str, ...],
-    network: tuple[str, ...],
+    networks: tuple[str, ...],
     *,
     no_ssh_key: bool,
     no_wait: bool,
@@ -107,7 +106,7 @@ def vm_create(
     params["ssh_key"] = _read_keys(ssh_keys, no_ssh_key=no_ssh_key)
     params["password"] = _read_password(password)
     params["publish"] = list(publish) or None
-    params["network"] = _read_networks(network)
+    params["network"] = read_networks(networks)
     params["user_data"] = _read_user_data(user_data)
     chosen = choose_wait(wait, no_wait=no_wait)
     answer = call_job(
@@ -141,11 +140,6 @@ def choose_wait(wait: str | None, *, no_wait: bool) -> str:
     if no_wait and wait not in (None, "none"):
         raise click.UsageError(f"--no-wait and --wait {wait} exclude each other")
     return "none" if no_wait else wait or "ready"
-
-
-def _read_networks(given: tuple[str, ...]) -> Any:
-    networks = [parse_target(each) for each in given]
-    return networks if len(networks) > 1 else next(iter(networks), None)
 
 
 def _read_keys(ssh_keys: tuple[str, ...], *, no_ssh_key: bool) -> list[str] | None:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
+from oscloudctl.nic import describe_cards, network_option, read_networks
 from oscloudctl.output import format_value, print_objects
 from oscloudctl.session import Session, output_options, parse_target, pass_session, socket_option
 from oscloudctl.targets import Target, run_on_each, vms_argument
@@ -42,7 +43,8 @@ def _describe(vm: dict[str, Any], given: dict[str, Any]) -> str:
     """Say how a vm is now: its policies, and what else was given."""
     shown = ["cpus", "mem_size", "protect", "bandwidth"]
     keys = [*(key for key in shown if key in given), "autostart", "restart"]
-    return ", ".join(f"{_WORDS.get(key, key)} {format_value(key, vm.get(key))}" for key in keys)
+    words = [f"{_WORDS.get(key, key)} {format_value(key, vm.get(key))}" for key in keys]
+    return ", ".join([*words, describe_cards(vm)] if "network" in given else words)
 
 
 @click.command("vm-set")
@@ -50,6 +52,10 @@ def _describe(vm: dict[str, Any], given: dict[str, Any]) -> str:
 @click.option("--name", metavar="NAME", help="Its name; its guest keeps the hostname it has.")
 @click.option("--cpus", type=int, metavar="N", help="Virtual processors, while it is off.")
 @click.option("--mem-size", metavar="SIZE", help="Memory, such as 2G, while it is off.")
+@network_option(
+    "A network it is to have a card in, while it is off; several times for several. It has these"
+    " cards then and no others; the first one stays in its network."
+)
 @policy_options
 @bandwidth_option
 @click.option("--protect", type=click.Choice(["no", "yes"]), help="Refuse to delete it.")
@@ -61,15 +67,17 @@ def vm_set(
     /,
     vms: tuple[str, ...],
     protect: str | None,
+    networks: tuple[str, ...],
     *,
     as_json: bool,
     ids_only: bool,
     **settings: Any,
 ) -> int:
-    """Change what vms are: size, name, policies, bandwidth."""
+    """Change what vms are: size, name, networks, policies."""
     if not vms:
         raise click.UsageError("which vm? Name one or more")
     settings["protect"] = None if protect is None else protect == "yes"
+    settings["network"] = read_networks(networks)
     given = {name: value for name, value in settings.items() if value is not None}
     if not given:
         raise click.UsageError("there is nothing to set: give one of the options, see --help")

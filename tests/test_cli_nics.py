@@ -50,6 +50,19 @@ def test_a_vm_is_made_with_several_cards(ctl: Oscloudctl, daemon: StubDaemon) ->
     assert networks == [7, ["default", "lab,ip=10.20.0.9"]]
 
 
+def test_a_vm_is_given_all_its_cards(ctl: Oscloudctl, daemon: StubDaemon) -> None:
+    daemon.answers["vm_set"] = VM | {"cpus": 2, "autostart": "no", "restart": "no"}
+    cards = "cards in: default (192.168.0.2), lab (10.20.0.2)"
+    given = ("--network", "default", "--network", "lab,ip=10.20.0.2")
+    said = ctl("vm-set", "web", *given, "--cpus", "2").stdout
+    assert said == f"web: cpus 2, autostart no, restart no, {cards}\n"
+    assert ctl("vm-set", "web", "--network", "7", "-q").stdout == "1\n"
+    assert daemon.params_of("vm_set") == [
+        {"vm": "web", "network": ["default", "lab,ip=10.20.0.2"], "cpus": 2},
+        {"vm": "web", "network": 7},
+    ]
+
+
 def test_vm_info_shows_a_card_a_line(ctl: Oscloudctl, daemon: StubDaemon) -> None:
     daemon.answers["vm_info"] = VM
     lines = ctl("vm-info", "web").stdout.splitlines()

@@ -360,6 +360,7 @@ BAD_CALLS: list[tuple[str, dict[str, Any]]] = [
     *(("vm_set", {"cpus": value}) for value in (0, 256, "2", 1.5, [])),
     *(("vm_set", {"mem_size": value}) for value in (0, -1, "", "much", 1.5, [])),
     *(("vm_set", {"name": value}) for value in ("", "7", "a/b", "a" * 64, 7)),
+    *(("vm_set", {"network": value}) for value in (True, 1.5, {}, [], [None], ["default"] * 10)),
     *(("disk_attach", {"disk": value}) for value in (None, True, 1.5, [])),
     *(
         (method, {"wait": value})

@@ -231,6 +231,95 @@ def test_a_vm_that_is_off_gets_its_card_at_its_next_start(lab: Box) -> None:
     assert plugged(lab, "web") == []
 
 
+def test_a_vm_that_is_off_is_given_all_its_cards_at_once(lab: Box) -> None:
+    lab.call("network_create", name="more", subnet="10.40.0.0/24")
+    vm = lab.create("web", network=["default", "lab", "tight"], bandwidth="80M")
+    first, gone, kept = vm["nics"]
+    run_inside(lab, SEND, gone["ip"])
+    lab.call("vm_stop", vm="web", force=True)
+    wanted = ["default", "more,ip=10.40.0.9", f"tight,ip={kept['ip']}"]
+    changed = lab.call("vm_set", vm="web", network=wanted, cpus=2, name="blog")
+    assert (changed["name"], changed["cpus"], changed["state"]) == ("blog", 2, "STOPPED")
+    assert cards(changed)[1] == (1, "more", "10.40.0.9")
+    assert [changed["nics"][0], changed["nics"][2]] == [first, kept]
+    assert run_inside(lab, COUNT, gone["ip"]) == "0\n"
+    assert not is_guarded(lab, gone)
+    check_accounted(lab)
+    assert lab.call("network_info", network="lab")["vms"] == []
+    assert lab.call("vm_set", vm="blog", network=wanted) == changed
+    check_accounted(lab)
+
+    other = lab.create("other", network="lab", ip=gone["ip"])
+    lab.call("vm_start", vm="blog")
+    assert plugged(lab, "blog") == ["nic1", "nic2"]
+    there = [*changed["nics"], *other["nics"]]
+    assert all(is_guarded(lab, nic) for nic in there)
+    taps = {nic["tap"] for nic in changed["nics"]}
+    assert {name.split("_")[0] for name in limits(lab)} == taps
+    lab.call("vm_stop", vm="blog", force=True)
+    number = lab.call("network_info", network="default")["id"]
+    assert lab.call("vm_set", vm="blog", network=number)["nics"] == [first]
+    check_accounted(lab)
+    both = lab.call("vm_set", vm="blog", network=["default", "lab"])
+    assert cards(both)[1:] == [(1, "lab", "10.20.0.3")]
+    check_accounted(lab)
+
+
+def test_a_new_card_may_have_the_port_of_one_that_goes(lab: Box) -> None:
+    lab.create("web", network=["default", "lab"])
+    for number in range(PORTS - 1):
+        lab.call("disk_create", name=f"disk{number}", size="1M")
+        lab.call("disk_attach", vm="web", disk=f"disk{number}")
+    lab.call("vm_stop", vm="web", force=True)
+    three = {"vm": "web", "network": ["default", "lab", "tight"]}
+    assert refused(lab, "exhausted", "vm_set", **three).data["resource"] == "slot"
+    changed = lab.call("vm_set", vm="web", network=["default", "tight"])
+    assert cards(changed)[1:] == [(1, "tight", "10.30.0.2")]
+    check_accounted(lab)
+
+
+def test_cards_that_can_not_be_leave_a_vm_as_it_was(lab: Box) -> None:
+    lab.create("web", network=["default", "lab"])
+    lab.create("other", network="tight", ip="10.30.0.3")
+    wanted = {"vm": "web", "network": ["default", "tight"]}
+    running = refused(lab, "invalid_state", "vm_set", **wanted)
+    assert "it is RUNNING" in running.message
+    for word in ("vm-stop web", "nic-add web", "nic-delete"):
+        assert word in running.data["hint"]
+    told = "SELECT 1 FROM vm WHERE name = 'web' AND identified AND seed_document = ''"
+    lab.until(lambda: bool(lab.rows(told)), "the guest's disk to know who it is")
+    lab.call("vm_suspend", vm="web")
+    assert "vm-resume web" in refused(lab, "invalid_state", "vm_set", **wanted).data["hint"]
+    lab.call("vm_stop", vm="web", force=True)
+    before, web = lab.traces(), lab.call("vm_info", vm="web")
+    for kind, message, network in (
+        ("invalid_argument", "has 0 entries", []),
+        ("invalid_argument", "in network 'default', which it keeps; 'lab' is", "lab"),
+        ("invalid_argument", "'tight' is given as its first", ["tight", "default"]),
+        ("invalid_argument", "'lab' is given twice", ["default", "lab", "lab"]),
+        ("invalid_argument", "'default' is given twice", ["default", "lab", "default"]),
+        ("invalid_argument", f"keeps {web['ip']}", ["default,ip=192.168.7.8", "tight"]),
+        ("invalid_argument", f"keeps {web['nics'][1]['ip']}", ["default", "lab,ip=10.20.0.99"]),
+        ("invalid_argument", "ip 'fast' can't become", ["default", "tight", "lab,ip=fast"]),
+        ("invalid_argument", "ip 10.30.0.1 can't be", ["default", "tight,ip=10.30.0.1"]),
+        ("in_use", "ip 10.30.0.3 belongs", ["default", "tight,ip=10.30.0.3"]),
+        ("not_found", "'nowhere' not found", ["default", "tight", "nowhere"]),
+    ):
+        error = refused(lab, kind, "vm_set", vm="web", network=network, autostart="yes")
+        assert message in error.message
+    anew = {"network": ["default", "lab,ip=10.20.0.99"], "name": "blog"}
+    hint = refused(lab, "invalid_argument", "vm_set", vm="web", **anew).data["hint"]
+    assert "nic-delete web lab" in hint
+    for kind, params in (
+        ("already_exists", {"name": "other"}),
+        ("exhausted", {"mem_size": "100T"}),
+        ("invalid_argument", {"cpus": 0}),
+    ):
+        refused(lab, kind, "vm_set", **wanted, **params)
+    assert lab.call("vm_info", vm="web") == web
+    assert lab.traces() == before
+
+
 def test_the_next_daemon_takes_every_card_up(lab: Box) -> None:
     vm = lab.create("web", network=["default", "lab"])
     lab.end(signal.SIGKILL)
@@ -429,6 +518,13 @@ def test_mariadb_keeps_cards_too(fake_qemu_binary: Path, mariadb: MariaDb) -> No
         assert box.call("network_info", network="lab")["vms"] == ["web"]
         box.call("nic_delete", vm="web", nic="lab")
         assert plugged(box, "web") == []
+        check_accounted(box)
+        box.call("vm_stop", vm="web", force=True)
+        box.call("network_create", name="tight", subnet="10.30.0.0/29")
+        both = box.call("vm_set", vm="web", network=["default", "tight"], name="blog")
+        assert cards(both)[1:] == [(1, "tight", "10.30.0.2")]
+        swapped = box.call("vm_set", vm="blog", network=["default", "lab"])
+        assert cards(swapped)[1:] == [(1, "lab", "10.20.0.2")]
         check_accounted(box)
     finally:
         box.close()

@@ -177,6 +177,7 @@ async def _vm_set(cloud: Cloud, params: VmSetParams, caller: Caller) -> object:
         restart=params.restart,
         protect=params.protect,
         bandwidth=_parse_bandwidth(params.bandwidth),
+        network=None if params.network is None else tuple(build_nics(params.network, None)),
     )
     if settings == VmSettings():
         names = ", ".join(VmSettings.__struct_fields__)

@@ -43,7 +43,7 @@ def build_network(params: NetworkCreateParams) -> NetworkRequest:
 
 
 def build_nics(networks: int | str | list[int | str], ip: str | None) -> list[NicRequest]:
-    """Give the cards of a new vm, the first one first; raises InvalidArgumentError."""
+    """Give the cards a vm is to have, the first one first; raises InvalidArgumentError."""
     given = networks if isinstance(networks, list) else [networks]
     if not 1 <= len(given) <= MOST_NICS:
         raise InvalidArgumentError(

@@ -214,7 +214,7 @@ class VmPublishParams(VmParams, frozen=True):
 class VmSetParams(VmParams, frozen=True):
     """A vm and what is to be different about it; what is left out stays.
 
-    A `bandwidth` of "none" takes the limit away.
+    A `bandwidth` of "none" takes the limit away. `network` is as in `vm_create`: all its cards.
     """
 
     name: str | None = None
@@ -224,6 +224,7 @@ class VmSetParams(VmParams, frozen=True):
     restart: Restart | None = None
     bandwidth: int | str | None = None
     protect: bool | None = None
+    network: Key | list[Key] | None = None
 
 
 class VmStartParams(VmParams, frozen=True):

@@ -166,7 +166,7 @@ class Cloud:
             self.states, self._supervisor, operations, nics, self.ports, self.events
         )
         self.attachments = DiskAttachments(database, self.disks, operations, self._supervisor)
-        self.nics = NicChanges(database, operations, self._supervisor)
+        self.nics = NicChanges(database, operations, self._supervisor, steps, self.names)
         flattener = Flattener(config, self.templates, operations, chains)
         self.exports = Exports(config, database, self.templates, self.jobs, flattener)
         self.publisher = Publisher(database, self.templates, flattener)
@@ -205,6 +205,7 @@ class Cloud:
             self._keeper,
             self._rates,
             self.templates,
+            self.nics,
         )
         self.creator = VmCreator(
             config,

@@ -5,10 +5,12 @@ A card has its row first and loses it last. To whom it belongs, and when one may
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from oscloudd.cloud.jobs import Job
-from oscloudd.cloud.nic_records import forget_nic
+from oscloudd.cloud.nic_records import NicRecord, forget_nic
+from oscloudd.cloud.vm_records import VmRecord
 from oscloudd.cloud.vm_steps import VmSteps
 from oscloudd.errors import CloudError
 from oscloudd.machine.nics import unplug_nic
@@ -43,12 +45,17 @@ class NicSteps(VmSteps):
         if vm is None:
             return
         nic_id = job.params["nic"]
-        for nic in vm.other_nics:
-            if nic.id == nic_id:
-                self._names.forget(vm, [nic])
-                await self._ports.end_connections([nic])
-                await self._nics.dismiss(nic, partial(forget_nic, nic_id))
-                self._states.changes.announce()
+        going = [nic for nic in vm.other_nics if nic.id == nic_id]
+        await self.take_away(vm, going, partial(forget_nic, nic_id))
+
+    async def take_away(
+        self, vm: VmRecord, nics: Sequence[NicRecord], forget: Callable[[], None]
+    ) -> None:
+        """Have nobody know of cards any more, and by `forget`, in a transaction, the database."""
+        self._names.forget(vm, nics)
+        await self._ports.end_connections(nics)
+        await self._nics.dismiss(nics, forget)
+        self._states.changes.announce()
         if vm.bandwidth:  # the kernel would keep the limit for the next tap of that name
             await self._rates.sync()
 

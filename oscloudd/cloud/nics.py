@@ -5,7 +5,7 @@ first step, or while it runs.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -54,9 +54,9 @@ class Nics:
         """Forget the addresses of a vm that is being deleted."""
         await self._networks.expel(vm.nics)
 
-    async def dismiss(self, nic: NicRecord, forget: Callable[[], None]) -> None:
-        """Forget a card that its vm has no longer, and by `forget` its row; may be called again."""
-        await self._networks.expel([nic], forget)
+    async def dismiss(self, nics: Sequence[NicRecord], forget: Callable[[], None]) -> None:
+        """Forget cards that a vm is to lose, and by `forget` their rows; may be called again."""
+        await self._networks.expel(nics, forget)
 
     async def equip(self, vm: VmRecord, qemu: Qemu) -> None:
         """Give a qemu that has just been launched the cards of its vm beside the first.

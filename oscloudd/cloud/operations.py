@@ -146,6 +146,9 @@ def count_steps(kind: str) -> int:
 # nothing is to be done. Raises InvalidStateError and others.
 Decide = Callable[[VmRecord], dict[str, Any] | None]
 
+# Runs what it is given inside one transaction, as `Database.run` does.
+Transact = Callable[[Callable[[], JobRow | None]], Awaitable[JobRow | None]]
+
 
 class Operations:
     """Begins operations, one at a time for each vm, and takes up those a dead daemon has left."""
@@ -161,16 +164,23 @@ class Operations:
         return self._locks.setdefault(vm_id, asyncio.Lock())
 
     async def begin(
-        self, kind: str, vm_id: int, order: Order, decide: Decide
+        self,
+        kind: str,
+        vm_id: int,
+        order: Order,
+        decide: Decide,
+        *,
+        transact: Transact | None = None,
     ) -> "tuple[Job, asyncio.Task[None]] | None":
         """Wait for the vm's turn, decide and write the job in one transaction, and begin.
 
-        Gives None when `decide` found nothing to do.
+        `transact` runs that transaction where there is more to it. Gives None when `decide` found
+        nothing to do.
         """
-        lock = self.lock(vm_id)
+        lock, transact = self.lock(vm_id), transact or self._database.run
         await lock.acquire()
         try:
-            row = await self._database.run(lambda: self._insert(kind, vm_id, order, decide))
+            row = await transact(lambda: self._insert(kind, vm_id, order, decide))
         except BaseException:
             lock.release()
             raise

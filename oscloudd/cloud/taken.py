@@ -7,7 +7,7 @@ transaction that writes it down. What rows don't know of, but the host has, is t
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from oscloudd.cloud.allocation import (
@@ -101,6 +101,25 @@ def get_free_slot(vm_id: int, vm_name: str) -> int:
     )
 
 
+def read_other_networks(
+    first: NetworkRecord, requests: Iterable[NicRequest]
+) -> list[NetworkRecord]:
+    """Read the networks of the cards of a vm that has its first one in `first`.
+
+    Raises NotFoundError, and InvalidArgumentError for one that is given twice.
+    """
+    found = [first]
+    for request in requests:
+        network = read_network(request.network)
+        if network.id in {other.id for other in found}:
+            raise InvalidArgumentError(
+                f"network {network.name!r} is given twice: a vm has one card in a network",
+                parameter="network",
+            )
+        found.append(network)
+    return found[1:]
+
+
 def allocate(
     network: NetworkRecord,
     wanted_ip: str | None,
@@ -115,22 +134,15 @@ def allocate(
     The `others` come into the first of `slots`, of which there are enough. Raises what
     `allocate_address` does, NotFoundError and InvalidArgumentError.
     """
+    other_networks = read_other_networks(network, others)
     taps = taken_taps()
     serial_ports = {port for (port,) in Vm.select(Vm.qemu_serial_port).tuples()}
     first_tap = first_free_index(taps) if tap_index is None else tap_index
     ip = _allocate_address(network, wanted_ip)
     serial_port = first_free_serial_port(host_ports | serial_ports)
     given: list[GivenNic] = []
-    networks = {network.id}
     taps.add(first_tap)
-    for slot, request in zip(slots, others, strict=False):
-        found = read_network(request.network)
-        if found.id in networks:
-            raise InvalidArgumentError(
-                f"network {found.name!r} is given twice: a vm has one card in a network",
-                parameter="network",
-            )
-        networks.add(found.id)
+    for slot, found, request in zip(slots, other_networks, others, strict=False):
         given.append(_allocate_nic(slot, found, request.ip, taps))
         taps.add(given[-1].tap_index)
     return Given(ip, first_tap, serial_port, tuple(given))

@@ -1,7 +1,7 @@
 """Looking at vms and talking to them: lists, names, logs, consoles, the monitor."""
 
 import asyncio
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -10,10 +10,12 @@ from peewee import IntegrityError
 from oscloudd.cloud.jobs import Order
 from oscloudd.cloud.keeper import Keeper
 from oscloudd.cloud.memory import check_memory
-from oscloudd.cloud.operations import Operations
+from oscloudd.cloud.nic_changes import NicChanges
+from oscloudd.cloud.operations import Decide, Operations
 from oscloudd.cloud.rates import Rates
 from oscloudd.cloud.states import DOWN_STATES, OFF_STATES, VmState
 from oscloudd.cloud.supervisor import Supervisor
+from oscloudd.cloud.taken import NicRequest
 from oscloudd.cloud.templates import Templates
 from oscloudd.cloud.vm_paths import vm_paths
 from oscloudd.cloud.vm_power import refuse
@@ -46,6 +48,7 @@ class VmSettings(msgspec.Struct, frozen=True):
     restart: str | None = None
     protect: bool | None = None
     bandwidth: int | None = None  # bits a second, 0 for any
+    network: tuple[NicRequest, ...] | None = None  # all its cards, the first one first
 
 
 class Vms:
@@ -61,6 +64,7 @@ class Vms:
         keeper: Keeper,
         rates: Rates,
         templates: Templates,
+        nics: NicChanges,
     ) -> None:
         self._rates = rates
         self._config = config
@@ -70,6 +74,7 @@ class Vms:
         self._operations = operations
         self._keeper = keeper
         self._templates = templates
+        self._nics = nics
 
     async def list(self) -> list[VmInfo]:
         """Describe every vm, by id."""
@@ -95,37 +100,42 @@ class Vms:
     async def set(self, key: int | str, settings: VmSettings, order: Order) -> VmInfo:
         """Change what a vm is or does by itself, all of it or nothing.
 
-        Processors and memory only while it is off.
+        Processors, memory and networks only while it is off.
         """
         given = msgspec.structs.asdict(settings)
+        network = given.pop("network")
         columns = {column: value for column, value in given.items() if value is not None}
         vm_id = (await self._read(key)).id
 
-        def change(vm: VmRecord) -> None:
+        def decide(vm: VmRecord) -> dict[str, Any] | None:
             self._check_can_set(vm, settings)
-            Vm.update(**columns).where(Vm.id == vm.id).execute()
+            if columns:
+                Vm.update(**columns).where(Vm.id == vm.id).execute()
+            return None if settings.name in (None, vm.name) else {}
 
-        if settings.name is None:
-            await self._database.run(lambda: change(read_vm(vm_id)))
+        if settings.name is None and network is None:
+            await self._database.run(lambda: decide(read_vm(vm_id)))
         else:
-            await self._rename(vm_id, settings.name, order, change)
+            await self._set_held(vm_id, settings, order, decide)
         if settings.bandwidth is not None:
             await self._rates.sync()
         self._states.changes.announce()
         self._keeper.consider(vm_id)
         return describe(await self._read(vm_id))
 
-    async def _rename(
-        self, vm_id: int, name: str, order: Order, change: Callable[[VmRecord], None]
+    async def _set_held(
+        self, vm_id: int, settings: VmSettings, order: Order, decide: Decide
     ) -> None:
-        check_name(name)
-
-        def decide(vm: VmRecord) -> dict[str, Any] | None:
-            change(vm)
-            return None if vm.name == name else {}
-
+        """Change its name or its networks, too, with nothing else done to it meanwhile."""
+        name, transact = settings.name, None
+        if name is not None:
+            check_name(name)
+        if settings.network is not None:
+            transact = partial(self._nics.exchange, vm_id, settings.network)
         try:
-            begun = await self._operations.begin("vm_rename", vm_id, order, decide)
+            begun = await self._operations.begin(
+                "vm_rename", vm_id, order, decide, transact=transact
+            )
         except IntegrityError as error:
             raise AlreadyExistsError(
                 f"vm {name!r} already exists", hint="choose another name", object="vm", name=name
@@ -134,17 +144,12 @@ class Vms:
             await asyncio.shield(begun[1])
 
     def _check_can_set(self, vm: VmRecord, settings: VmSettings) -> None:
-        """Refuse a change of processors or memory that could not be, inside a transaction."""
-        if settings.cpus is None and settings.mem_size is None:
-            return
-        if vm.state not in OFF_STATES:
-            refuse(
-                vm,
-                "given other processors or memory",
-                f"resume it and stop it first: oscloudctl vm-resume {vm.name}"
-                if vm.state == VmState.SUSPENDED
-                else f"stop it first: oscloudctl vm-stop {vm.name}",
-            )
+        """Refuse a change of the machine that could not be, inside a transaction."""
+        if settings.network is not None:
+            meanwhile = f", or while it runs: oscloudctl nic-add {vm.name} NETWORK, nic-delete"
+            _check_is_off(vm, "given other networks", meanwhile)
+        if settings.cpus is not None or settings.mem_size is not None:
+            _check_is_off(vm, "given other processors or memory")
         if settings.mem_size is None:
             return
         least = self._templates.get_ready(vm.template).declaration.min_mem_bytes
@@ -234,3 +239,12 @@ class Vms:
 
     async def _read(self, key: int | str) -> VmRecord:
         return await self._database.run(lambda: read_vm(key))
+
+
+def _check_is_off(vm: VmRecord, verb: str, meanwhile: str = "") -> None:
+    """Refuse what can't be done to a vm but while it is off; `meanwhile` adds to the hint."""
+    if vm.state in OFF_STATES:
+        return
+    if vm.state == VmState.SUSPENDED:
+        refuse(vm, verb, f"resume it and stop it first: oscloudctl vm-resume {vm.name}")
+    refuse(vm, verb, f"stop it first: oscloudctl vm-stop {vm.name}{meanwhile}")
