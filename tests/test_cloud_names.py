@@ -43,7 +43,7 @@ class StubDatabase:
         if read is names.read_vms:
             nic = SimpleNamespace(bridge="oscbr0")
             return [SimpleNamespace(id=5, state="STOPPED", nics=(nic,), is_process_alive=bool)]
-        return [("oscbr0", SUBNET, False, False), ("oscbr1", OTHER_SUBNET, False, False)]
+        return [("oscbr0", SUBNET, False, ()), ("oscbr1", OTHER_SUBNET, False, ())]
 
 
 def test_an_address_that_a_dead_daemon_has_left_told_is_given_back(
@@ -103,7 +103,7 @@ def test_a_name_server_is_tried_again_whatever_went_wrong(
         noun.is_available = True
         (tmp_path / "names").write_text("no directory")
         async with asyncio.timeout(LIMIT_SECONDS):
-            await noun.serve("oscbr0", SUBNET, isolated=False)
+            await noun.serve("oscbr0", SUBNET, isolated=False, upstream=())
             await third.wait()
             await noun.end("oscbr0", SUBNET)
 

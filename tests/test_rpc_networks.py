@@ -43,7 +43,7 @@ def test_a_network_is_made_used_and_deleted(box: Box) -> None:
     lab = box.call("network_create", name="lab", subnet="10.20.0.0/24", dns=["9.9.9.9"])
     wanted = {
         "name": "lab", "subnet": "10.20.0.0/24", "gateway": "10.20.0.1", "mask": 24,
-        "bridge": "oscbr1", "isolated": False, "nat": True, "dns": ["9.9.9.9"],
+        "bridge": "oscbr1", "isolated": False, "nat": True, "upstream": ["9.9.9.9"],
         "addresses_used": 0, "addresses_free": 253, "vms": [], "addresses": [],
     }  # fmt: skip
     assert {key: lab[key] for key in wanted} == wanted

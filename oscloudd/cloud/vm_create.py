@@ -363,7 +363,7 @@ class VmCreator:
         )  # fmt: skip
         told_by = template.declaration.guest.identity
         if told_by == "dhcp":
-            self._networks.check_serves_dhcp(network)
+            self._networks.check_serves_dhcp()
         document = _document_for(identity, str(unique), warm, told_by)
         standing_on = original.warm_image if original is not None else warm and warm.name
         now = time.time()
