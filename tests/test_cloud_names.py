@@ -11,8 +11,8 @@ import pytest
 from oscloudd.cloud import names
 from oscloudd.cloud.events import Events
 from oscloudd.cloud.names import Names
-from oscloudd.config import Config
-from oscloudd.errors import UnavailableError
+from oscloudd.config import Config, load_config
+from oscloudd.errors import InvalidArgumentError, UnavailableError
 from oscloudd.host.network import name_server
 from oscloudd.host.network.dhcp import NamedGuest
 from oscloudd.host.network.name_server import NameServer
@@ -81,6 +81,16 @@ def test_an_address_that_a_dead_daemon_has_left_told_is_given_back(
     ]
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("names/*/*/*")}
     assert left == {"names/oscbr0/hosts/5", "names/oscbr0/addresses/5"}
+
+
+def test_a_name_server_is_not_configured_to_ask_itself(tmp_path: Path) -> None:
+    path = tmp_path / "oscloud.toml"
+    network = '[network]\nsubnet = "10.0.0.0/24"\ndns = ["9.9.9.9", "{}"]\n'
+    path.write_text(network.format("10.0.0.1"))
+    with pytest.raises(InvalidArgumentError, match=r"network\.dns 10\.0\.0\.1 is the gateway"):
+        load_config(path)
+    path.write_text(network.format("10.0.0.2"))
+    assert load_config(path).network.dns == ["9.9.9.9", "10.0.0.2"]
 
 
 def test_a_name_server_is_tried_again_whatever_went_wrong(

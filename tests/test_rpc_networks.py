@@ -140,6 +140,12 @@ BAD = [
     ({"dns": ["localhost"]}, "invalid_argument", "not an IPv4 address"),
     ({"dns": ["127.0.0.53"]}, "invalid_argument", "out of a guest's reach"),
     ({"dns": ["9.9.9.9"] * 9}, "invalid_argument", "more than 8"),
+    ({"dns": ["9.9.9.9", "192.168.0.1"]}, "invalid_argument", "dns 192.168.0.1 is the gateway"),
+    (
+        {"dns": ["10.20.9.1"], "subnet": "10.20.9.0/24"},
+        "invalid_argument",
+        "dns 10.20.9.1 is the gateway",
+    ),
     ({"subnet": 7}, "invalid_argument", "subnet"),
     ({"bridge": "br0"}, "invalid_argument", "bridge"),
 ]
