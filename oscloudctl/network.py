@@ -68,7 +68,8 @@ def network_info(
 )  # fmt: skip
 @click.option(
     "--dns", multiple=True, metavar="ADDRESS",
-    help="A name server for its vms; several times for several.  [default: the network's own]",
+    help="Where its name server asks for what is no vm's name; may be repeated."
+    "  [default: as the host; isolated: nobody]",
 )  # fmt: skip
 @output_options
 @socket_option

@@ -167,14 +167,21 @@ def load_config(path: Path | None) -> Config:
 def _check(document: dict[str, object], path: Path) -> Config:
     try:
         config = msgspec.convert(document, Config)
-        config.network.subnet_network()
-        for server in config.network.dns:
-            IPv4Address(server)
+        _check_network(config.network)
         _check_limits(config.limits)
         _check_warm(config.warm)
     except (msgspec.ValidationError, ValueError, InvalidArgumentError) as error:
         raise InvalidArgumentError(f"configuration file {path}: {error}") from error
     return config
+
+
+def _check_network(network: NetworkConfig) -> None:
+    gateway = network.subnet_network().network_address + 1
+    if gateway in map(IPv4Address, network.dns):
+        raise InvalidArgumentError(
+            f"network.dns {gateway} is the gateway, whose name server would ask itself",
+            hint="name the server that is to be asked, or none: then the host's own are asked",
+        )
 
 
 def _check_warm(warm: WarmConfig) -> None:

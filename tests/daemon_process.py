@@ -35,8 +35,6 @@ database = "{url}"
 accelerator = "tcg"
 [guest]
 default_image = "{image}"
-[network]
-dns = ["192.0.2.53"]
 [warm]
 mode = "off"
 [qemu]

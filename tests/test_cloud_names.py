@@ -1,18 +1,20 @@
 """Name servers through what a host does to them."""
 
 import asyncio
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from oscloudd.cloud import names
+from oscloudd.cloud import names, networks
 from oscloudd.cloud.events import Events
+from oscloudd.cloud.firewall import Firewall
 from oscloudd.cloud.names import Names
-from oscloudd.config import Config
-from oscloudd.errors import UnavailableError
+from oscloudd.cloud.networks import NetworkRecord, Networks
+from oscloudd.config import Config, load_config
+from oscloudd.errors import InvalidArgumentError, InvalidStateError, UnavailableError
 from oscloudd.host.network import name_server
 from oscloudd.host.network.dhcp import NamedGuest
 from oscloudd.host.network.name_server import NameServer
@@ -43,7 +45,7 @@ class StubDatabase:
         if read is names.read_vms:
             nic = SimpleNamespace(bridge="oscbr0")
             return [SimpleNamespace(id=5, state="STOPPED", nics=(nic,), is_process_alive=bool)]
-        return [("oscbr0", SUBNET, False, False), ("oscbr1", OTHER_SUBNET, False, False)]
+        return [("oscbr0", SUBNET, False, ()), ("oscbr1", OTHER_SUBNET, False, ())]
 
 
 def test_an_address_that_a_dead_daemon_has_left_told_is_given_back(
@@ -83,6 +85,41 @@ def test_an_address_that_a_dead_daemon_has_left_told_is_given_back(
     assert left == {"names/oscbr0/hosts/5", "names/oscbr0/addresses/5"}
 
 
+def test_guests_are_told_their_own_name_server_or_whom_it_would_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "host_resolvers", lambda: (IPv4Address("192.0.2.53"),))
+    config, database = Config(runtime_dir=str(tmp_path)), cast("Database", None)
+    servers = Names(config, database, cast("Events", None))
+    noun = Networks(config, database, cast("Firewall", None), servers)
+
+    def told(*, isolated: bool, dns: tuple[str, ...]) -> tuple[str, ...]:
+        return noun.resolvers(NetworkRecord(1, "lab", SUBNET, None, 1, dns, isolated, True, 0.0))
+
+    servers.is_available = True
+    noun.check_serves_dhcp()
+    for isolated in (False, True):
+        for dns in ((), ("9.9.9.9",)):
+            assert told(isolated=isolated, dns=dns) == ("10.0.0.1",)
+    servers.is_available = False
+    assert told(isolated=False, dns=()) == ("192.0.2.53",)
+    assert told(isolated=True, dns=()) == ()
+    for isolated in (False, True):
+        assert told(isolated=isolated, dns=("9.9.9.9",)) == ("9.9.9.9",)
+    with pytest.raises(InvalidStateError, match="dnsmasq is not installed"):
+        noun.check_serves_dhcp()
+
+
+def test_a_name_server_is_not_configured_to_ask_itself(tmp_path: Path) -> None:
+    path = tmp_path / "oscloud.toml"
+    network = '[network]\nsubnet = "10.0.0.0/24"\ndns = ["9.9.9.9", "{}"]\n'
+    path.write_text(network.format("10.0.0.1"))
+    with pytest.raises(InvalidArgumentError, match=r"network\.dns 10\.0\.0\.1 is the gateway"):
+        load_config(path)
+    path.write_text(network.format("10.0.0.2"))
+    assert load_config(path).network.dns == ["9.9.9.9", "10.0.0.2"]
+
+
 def test_a_name_server_is_tried_again_whatever_went_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +140,7 @@ def test_a_name_server_is_tried_again_whatever_went_wrong(
         noun.is_available = True
         (tmp_path / "names").write_text("no directory")
         async with asyncio.timeout(LIMIT_SECONDS):
-            await noun.serve("oscbr0", SUBNET, isolated=False)
+            await noun.serve("oscbr0", SUBNET, isolated=False, upstream=())
             await third.wait()
             await noun.end("oscbr0", SUBNET)
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from guest_cloud import GuestCloud, open_cloud
+from name_stand_in import answering
 
 pytestmark = pytest.mark.guest
 
 SHAPE = {"mem_size": "128M", "cpus": 1, "disk_size": "1G"}
 SUBNETS = {"red": IPv4Network("10.61.0.0/24"), "blue": IPv4Network("10.62.0.0/24")}
 EACH = 15
+UPSTREAM = "198.51.100.53"
 # What busybox's ping says first, of each name that it finds.
 FOUND = re.compile(r"PING (\S+)\.oscloud \((\S+)\)")
 
@@ -49,7 +51,8 @@ def addresses_of(vms: list[dict[str, Any]]) -> dict[str, str]:
 
 def test_two_networks_of_many_guests(cloud: GuestCloud) -> None:
     for name, subnet in SUBNETS.items():
-        cloud.call("network_create", name=name, subnet=str(subnet))
+        servers = [UPSTREAM] if name == "red" else []
+        cloud.call("network_create", name=name, subnet=str(subnet), dns=servers)
     vms = {
         network: create_all(cloud, network, [f"{network}-{number}" for number in range(EACH)])
         for network in SUBNETS
@@ -66,6 +69,10 @@ def test_two_networks_of_many_guests(cloud: GuestCloud) -> None:
         assert ask(cloud, members[0], names) == addresses_of(members)
 
     red, blue = vms["red"], vms["blue"]
+    # Other names are the server's that the network names.
+    with answering(cloud.namespace, UPSTREAM, UPSTREAM):
+        shown = cloud.ssh(red[0], "ping -4 -c 1 -W 1 www.example.com || true")
+    assert f"PING www.example.com ({UPSTREAM})" in shown
     again = [red[1], red[7], blue[EACH - 1]]
     for vm in again:
         cloud.call("vm_stop", vm=vm["name"], force=True)

@@ -141,6 +141,20 @@ def test_a_name_server_is_confined_by_systemd() -> None:
     assert {"--property=MemoryMax=64M", "--property=TasksMax=32"} <= set(service)
 
 
+def test_whom_a_name_server_asks() -> None:
+    def asks(*, isolated: bool, upstream: tuple[str, ...]) -> list[str]:
+        gateway = IPv4Interface("192.168.0.1/16")
+        server = NameServer("oscbr0", gateway, Path("/run/names/oscbr0"), isolated, upstream)
+        argv = build_name_server(server, "dnsmasq")
+        return [option for option in argv if option.startswith(("--no-resolv", "--server"))]
+
+    chosen = ["--no-resolv", "--server=9.9.9.9", "--server=10.0.0.5"]
+    assert asks(isolated=False, upstream=()) == []  # the host's resolv.conf
+    assert asks(isolated=True, upstream=()) == ["--no-resolv"]
+    assert asks(isolated=False, upstream=("9.9.9.9", "10.0.0.5")) == chosen
+    assert asks(isolated=True, upstream=("9.9.9.9", "10.0.0.5")) == chosen
+
+
 def test_the_host_is_told_of_a_name_server_after_what_it_is_for() -> None:
     assert build_commands("oscbr0", IPv4Address("192.168.0.1")) == [
         ["resolvectl", "default-route", "oscbr0", "no"],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from daemon_process import Box
 from guest_cloud import wait_for_end
+from name_stand_in import answering
 
 pytestmark = pytest.mark.skipif(shutil.which("dnsmasq") is None, reason="dnsmasq is not installed")
 
@@ -34,21 +35,7 @@ print(socket.inet_ntop(family, answer[-size:]) if count else answer[3] & 15)
 """
 NOT_FOUND, NOTHING, NOBODY = "3", "0", ""
 A, AAAA = "1", "28"
-
-
-@pytest.fixture
-def box(fake_qemu_binary: Path) -> Iterator[Box]:
-    """A cloud whose guests are told its own name server."""
-    if os.geteuid() != 0:
-        pytest.skip("namespaces need root")
-    box = Box(fake_qemu_binary)
-    path = box.root / "oscloud.toml"
-    path.write_text(path.read_text().replace('dns = ["192.0.2.53"]', ""))
-    try:
-        box.start()
-        yield box
-    finally:
-        box.close()
+UPSTREAM, OUTSIDE = "198.51.100.53", "198.51.100.7"
 
 
 def ask(box: Box, name: str, gateway: str = GATEWAY, kind: str = A) -> str:
@@ -80,7 +67,7 @@ def test_names_come_change_and_go_with_vms(box: Box) -> None:
     until_answer(box, "shop.oscloud", web["ip"])
     assert ask(box, "shop.oscloud", kind=AAAA) == web["ip6"]
     assert ask(box, "my-web.oscloud") == NOT_FOUND
-    box.call("network_create", name="lab", subnet6="none", dns=[])
+    box.call("network_create", name="lab", subnet6="none")
     single = box.create("single", network="lab")
     box.until(lambda: ask(box, "single.oscloud", single["gateway"]) == single["ip"], "its name")
     assert ask(box, "single.oscloud", single["gateway"], AAAA) == NOTHING
@@ -164,6 +151,32 @@ def test_each_network_has_its_own_until_it_is_deleted(box: Box) -> None:
     with ended(pid):
         box.call("network_delete", network="lab")
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_network_that_names_a_server_asks_that_one(box: Box, *, isolated: bool) -> None:
+    lab = box.call(
+        "network_create", name="lab", subnet="10.20.0.0/24", isolated=isolated, dns=[UPSTREAM]
+    )
+    gateway = lab["gateway"]
+    assert (lab["dns"], lab["upstream"]) == ([gateway], [UPSTREAM])
+    vm = box.create("inside", network="lab")
+
+    def is_served() -> bool:
+        return ask(box, "inside.oscloud", gateway) == vm["ip"]
+
+    with answering(box.namespace, UPSTREAM, OUTSIDE):
+        box.until(is_served, "inside being known")
+        assert ask(box, "www.example.com", gateway) == OUTSIDE
+        assert ask(box, "other.oscloud", gateway) == ask(box, "other", gateway) == NOT_FOUND
+        # A daemon that starts finds the network in the database only.
+        box.end(signal.SIGKILL)
+        pid = int((box.root / "run/names/oscbr1/pid").read_text())
+        with ended(pid):
+            os.kill(pid, signal.SIGKILL)
+        box.start()
+        box.until(is_served, "inside being known again")
+        assert ask(box, "again.example.com", gateway) == OUTSIDE
 
 
 def test_one_whose_network_a_dead_daemon_was_deleting_is_ended(box: Box) -> None:

@@ -43,7 +43,7 @@ def test_a_network_is_made_used_and_deleted(box: Box) -> None:
     lab = box.call("network_create", name="lab", subnet="10.20.0.0/24", dns=["9.9.9.9"])
     wanted = {
         "name": "lab", "subnet": "10.20.0.0/24", "gateway": "10.20.0.1", "mask": 24,
-        "bridge": "oscbr1", "isolated": False, "nat": True, "dns": ["9.9.9.9"],
+        "bridge": "oscbr1", "isolated": False, "nat": True, "upstream": ["9.9.9.9"],
         "addresses_used": 0, "addresses_free": 253, "vms": [], "addresses": [],
     }  # fmt: skip
     assert {key: lab[key] for key in wanted} == wanted
@@ -140,6 +140,12 @@ BAD = [
     ({"dns": ["localhost"]}, "invalid_argument", "not an IPv4 address"),
     ({"dns": ["127.0.0.53"]}, "invalid_argument", "out of a guest's reach"),
     ({"dns": ["9.9.9.9"] * 9}, "invalid_argument", "more than 8"),
+    ({"dns": ["9.9.9.9", "192.168.0.1"]}, "invalid_argument", "dns 192.168.0.1 is the gateway"),
+    (
+        {"dns": ["10.20.9.1"], "subnet": "10.20.9.0/24"},
+        "invalid_argument",
+        "dns 10.20.9.1 is the gateway",
+    ),
     ({"subnet": 7}, "invalid_argument", "subnet"),
     ({"bridge": "br0"}, "invalid_argument", "bridge"),
 ]

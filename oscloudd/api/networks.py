@@ -126,7 +126,7 @@ def _parse_server(text: str) -> str:
     if address.is_loopback or address.is_multicast or address.is_unspecified:
         raise InvalidArgumentError(
             f"dns {text} is out of a guest's reach",
-            hint="name a server, or none: then guests ask the host's",
+            hint="name a server, or none: then the host's own are asked",
             parameter="dns",
         )
     return str(address)

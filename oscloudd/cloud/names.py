@@ -1,7 +1,4 @@
-"""Names of guests: each network's name server kept running, and told which guest is who.
-
-A network whose row names servers of its own has none: its guests ask those.
-"""
+"""Names of guests: each network's name server kept running, and told which guest is who."""
 
 import asyncio
 import logging
@@ -61,10 +58,17 @@ class Names:
         self._telling: set[asyncio.Task[None]] = set()
         self.is_available = is_installed()
 
-    def server(self, bridge: str, subnet: IPv4Network, *, isolated: bool = False) -> NameServer:
-        """Give where a network's name server is."""
+    def server(
+        self,
+        bridge: str,
+        subnet: IPv4Network,
+        *,
+        isolated: bool = False,
+        upstream: tuple[str, ...] = (),
+    ) -> NameServer:
+        """Give where a network's name server is, and whom it asks."""
         gateway = IPv4Interface((gateway_of(subnet), subnet.prefixlen))
-        return NameServer(bridge, gateway, self._directory / bridge, isolated)
+        return NameServer(bridge, gateway, self._directory / bridge, isolated, upstream)
 
     async def prepare(self) -> None:
         """Write down the names of all vms, and serve where vms run; forget who is gone."""
@@ -82,14 +86,16 @@ class Names:
         for vm in vms:
             self.publish(vm)
         running = _running_bridges(vms)
-        for bridge, subnet, isolated, is_own in networks:
-            if bridge in running and not is_own:
-                self._keep(self.server(bridge, subnet, isolated=isolated))
+        for bridge, subnet, isolated, upstream in networks:
+            if bridge in running:
+                self._keep(self.server(bridge, subnet, isolated=isolated, upstream=upstream))
 
-    async def serve(self, bridge: str, subnet: IPv4Network, *, isolated: bool) -> None:
+    async def serve(
+        self, bridge: str, subnet: IPv4Network, *, isolated: bool, upstream: tuple[str, ...]
+    ) -> None:
         """Have a network's name server answer, or be tried again and again behind our back."""
         if self.is_available:
-            server = self.server(bridge, subnet, isolated=isolated)
+            server = self.server(bridge, subnet, isolated=isolated, upstream=upstream)
             self._keep(server)
             await self._answered[bridge].wait()
             self._tell_host(server)
@@ -233,12 +239,12 @@ def _running_bridges(vms: Iterable[VmRecord]) -> set[str]:
     return {nic.bridge for vm in vms if vm.is_process_alive() for nic in vm.nics}
 
 
-def _read_networks() -> list[tuple[str, IPv4Network, bool, bool]]:
-    """Give each network's bridge, subnet, whether it is isolated, and whether it names servers."""
+def _read_networks() -> list[tuple[str, IPv4Network, bool, tuple[str, ...]]]:
+    """Give each network's bridge, subnet, whether it is isolated, and the servers it names."""
     rows = Network.select(
         Network.bridge_interface_idx, Network.ip, Network.mask, Network.isolated, Network.dns
     )
     return [
-        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(isolated), bool(dns))
+        (f"oscbr{index}", IPv4Network(f"{ip}/{mask}"), bool(isolated), tuple(dns.split()))
         for index, ip, mask, isolated, dns in rows.tuples()
     ]

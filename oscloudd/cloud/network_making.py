@@ -11,7 +11,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
-from oscloudd.cloud.allocation import first_free_index
+from oscloudd.cloud.allocation import first_free_index, gateway_of
 from oscloudd.cloud.changes import Changes
 from oscloudd.cloud.events import EventKind, insert_event
 from oscloudd.cloud.networks import (
@@ -96,6 +96,7 @@ def _insert(request: NetworkRequest, routes: list[Route]) -> None:
         _check_is_free("subnet6", request.subnet6, networks, routes)
     taken = [network.subnet for network in networks]
     subnet = request.subnet or find_next_subnet(taken, routes)
+    _check_asks_others(request.dns, [subnet, *taken])
     Network.create(
         name=request.name,
         ip=str(subnet.network_address),
@@ -108,6 +109,18 @@ def _insert(request: NetworkRequest, routes: list[Route]) -> None:
         created_at=time.time(),
     )
     insert_event(EventKind.NETWORK, request.name, {"message": f"made: {subnet}"})
+
+
+def _check_asks_others(dns: Iterable[str], subnets: Iterable[IPv4Network]) -> None:
+    """Raise InvalidArgumentError where our own name servers would ask each other in a circle."""
+    gateways = {str(gateway_of(subnet)) for subnet in subnets}
+    for server in dns:
+        if server in gateways:
+            raise InvalidArgumentError(
+                f"dns {server} is the gateway of a network of ours, whose name server asks others",
+                hint="name the server that is to be asked, or none: then the host's own are asked",
+                parameter="dns",
+            )
 
 
 def _check_is_free(

@@ -88,7 +88,8 @@ class NetworkInfo(msgspec.Struct, frozen=True):
     bridge: str
     isolated: bool
     nat: bool
-    dns: list[str]
+    dns: list[str]  # what a new vm is told to ask
+    upstream: list[str]  # whom its name server asks: those it was made with; none: as the host does
     addresses_used: int
     addresses_free: int
     vms: list[str]
@@ -192,8 +193,9 @@ class Networks:
                 await asyncio.to_thread(_ensure_forwarding)
                 await self._firewall.apply()
                 self._known_up.add(network.id)
-            if not network.dns:
-                await self._names.serve(network.bridge, network.subnet, isolated=network.isolated)
+            await self._names.serve(
+                network.bridge, network.subnet, isolated=network.isolated, upstream=network.dns
+            )
             self._checked[network.id] = now
 
     async def admit(self, nics: Sequence[NicRecord]) -> None:
@@ -247,20 +249,15 @@ class Networks:
             return gone
 
     def resolvers(self, network: NetworkRecord) -> tuple[str, ...]:
-        """Give the name servers its guests are told; isolated ones reach none but their own."""
-        if network.dns or self._names.is_available:
-            return network.dns or (network.gateway,)
-        if network.isolated:
-            return ()
+        """Give the name servers its guests are told: its own, or those it would ask."""
+        if self._names.is_available:
+            return (network.gateway,)
+        if network.dns or network.isolated:
+            return network.dns
         return tuple(str(address) for address in host_resolvers())
 
-    def check_serves_dhcp(self, network: NetworkRecord) -> None:
+    def check_serves_dhcp(self) -> None:
         """Raise InvalidStateError where nobody would tell a guest its address."""
-        if network.dns:
-            raise InvalidStateError(
-                f"network {network.name} has name servers of its own, and then no DHCP",
-                hint="choose a network made without --dns, or an image with cloud-init",
-            )
         if not self._names.is_available:
             raise InvalidStateError(
                 "guests of this image ask for their address by DHCP, and dnsmasq is not installed",
@@ -291,6 +288,7 @@ class Networks:
             isolated=network.isolated,
             nat=network.nat,
             dns=list(self.resolvers(network)),
+            upstream=list(network.dns),
             addresses_used=len(nics),
             addresses_free=count_addresses(network.subnet) - len(nics),
             vms=[nic.vm for nic in nics],

@@ -341,7 +341,7 @@ class VmCreator:
         )  # fmt: skip
         told_by = template.declaration.guest.identity
         if told_by == "dhcp":
-            self._networks.check_serves_dhcp(network)
+            self._networks.check_serves_dhcp()
         if there is not None:
             check_can_boot(there, takes_identity_once=told_by == "serial")
         now = time.time()

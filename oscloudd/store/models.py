@@ -64,7 +64,7 @@ class Network(Table):
     ip = CharField(max_length=15)  # the network's address, dotted
     mask = IntegerField()  # prefix length
     bridge_interface_idx = IntegerField(unique=True)
-    dns = LongTextField(default="")  # space separated; "" is the host's own resolvers
+    dns = LongTextField(default="")  # whom its name server asks, space separated; "": as the host
     isolated = BooleanField(default=False)  # its guests reach nothing behind the host
     nat = BooleanField(default=True)  # without, they go out under their own addresses
     subnet6 = CharField(max_length=43, null=True, unique=True)  # its IPv6 /64; null is none

@@ -1,7 +1,8 @@
 """A network's name server: one dnsmasq at its gateway, which outlives the daemon.
 
 It reads the guests' names from a directory that the kernel tells it of (inotify): a name that
-comes, changes or goes is a file, and costs no process. All else it asks the host's own resolvers.
+comes, changes or goes is a file, and costs no process. All else it asks the servers that its
+network names, else the host's own resolvers.
 Guests that ask for their address by DHCP are told it: `dhcp`.
 """
 
@@ -40,7 +41,8 @@ class NameServer:
     bridge: str
     gateway: IPv4Interface
     directory: Path
-    isolated: bool = False  # asks nobody else
+    isolated: bool = False  # asks nobody else, unless it is told whom
+    upstream: tuple[str, ...] = ()  # whom it asks in the place of the host's resolvers
 
     @property
     def hosts(self) -> Path:
@@ -186,7 +188,8 @@ def build_name_server(server: NameServer, user: str) -> list[str]:
         f"--local=/{DOMAIN}/",
         # A name without a dot is a guest's or nobody's.
         "--domain-needed",
-        *(["--no-resolv"] if server.isolated else []),
+        *(["--no-resolv"] if server.isolated or server.upstream else []),
+        *(f"--server={address}" for address in server.upstream),
         f"--domain={DOMAIN}",
         *build_dhcp_options(server.gateway, server.addresses),
     ]
