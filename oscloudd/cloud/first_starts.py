@@ -85,9 +85,16 @@ class FirstStarts:
         self._pool.taken(spare)
         return True
 
-    async def spawn_clone(self, job: Job, vm: VmRecord) -> bool:
-        """Start a vm that is to begin warm; False for one that boots, whose disk is there then."""
+    async def choose_warm(self, job: Job, vm: VmRecord) -> WarmImage | None:
+        """Give the warm image a vm begins with, when its turn has come; None for one that boots."""
         warm = await self._warm_image_of(job, vm)
+        if warm is not None:
+            job.end_turn()
+            job.clone_turn = await self._slots.begin_clone()
+        return warm
+
+    async def spawn_clone(self, job: Job, vm: VmRecord, warm: WarmImage | None) -> bool:
+        """Start a vm that is to begin warm; False for one that boots, whose disk is there then."""
         if _lacks_disk(job, vm, warm):
             await self._make_overlay(vm, warm)
         if warm is None:
@@ -123,7 +130,8 @@ class FirstStarts:
         self._warm_images.consider(vm.template, vm.mem_size, vm.cpus, vm.disk_size)
 
     async def give_up(self, job: Job) -> None:
-        """End the spare of a vm that is not to be."""
+        """End the spare and the turn of a vm that is not to be."""
+        job.end_turn()
         await self._pool.end_claimed(job.params.get("spare"))
 
     async def _warm_image_of(self, job: Job, vm: VmRecord) -> WarmImage | None:
@@ -173,6 +181,7 @@ class FirstStarts:
         return UEFI_VARIABLES
 
     async def _tell_fallback(self, job: Job, vm: VmRecord, error: CloudError) -> None:
+        job.end_turn()
         message = "it is started cold, since its warm start failed"
         job.report("starting", f"{message}: {error.message}")
         await self._warn(vm, message, error)

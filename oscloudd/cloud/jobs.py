@@ -24,6 +24,7 @@ from oscloudd.cloud.job_rows import (
     tell_job,
 )
 from oscloudd.cloud.missing import missing
+from oscloudd.cloud.start_slots import CloneTurn
 from oscloudd.errors import (
     CancelledJobError,
     CloudError,
@@ -108,6 +109,7 @@ class Job:
         self.cancellable = False
         self.cancel_requested = False
         self.timings: dict[str, float] = {}  # seconds of the stages that are measured
+        self.clone_turn: CloneTurn | None = None
         self.listeners: list[OnProgress] = []
         self._step_done = asyncio.Event()
         self._inner: asyncio.Future[Any] | None = None
@@ -130,6 +132,11 @@ class Job:
             yield
         finally:
             self.listeners.remove(listener)
+
+    def end_turn(self) -> None:
+        """Let another clone begin, where this job has the turn of one."""
+        if self.clone_turn is not None:
+            self.clone_turn.release()
 
     async def passed(self, step: int) -> None:
         """Wait until so many of its steps are done; for ever when it ends before."""

@@ -119,8 +119,9 @@ class VmSteps:
         await self.end_stray(vm)
         if await self._first_starts.take_spare(job, vm):
             return
+        warm = await self._first_starts.choose_warm(job, vm)
         async with self._slots:
-            if not await self._first_starts.spawn_clone(job, vm):
+            if not await self._first_starts.spawn_clone(job, vm, warm):
                 await self._spawn(job, vm)
 
     async def running(self, job: Job) -> None:
@@ -142,7 +143,10 @@ class VmSteps:
         job.booting_pid = vm.pid
         # Only a clone's wait is a short one.
         with self._slots.without_turn() if vm.started == "warm" else nullcontext():
-            await self._supervisor.settled(vm.id, job.report)
+            try:
+                await self._supervisor.settled(vm.id, job.report)
+            finally:
+                job.end_turn()
         if job.kind == "vm_create" and vm.started == "cold":
             self._first_starts.keep_warm(vm)
         job.report("done", f"{vm.name} is ready at {vm.ip}", 1.0)
