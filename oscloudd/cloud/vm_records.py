@@ -12,7 +12,6 @@ from typing import Any, Literal
 import msgspec
 from peewee import fn
 
-from oscloudd.cloud.allocation import gateway_of
 from oscloudd.cloud.missing import missing
 from oscloudd.cloud.nic_records import (
     FIRST_SLOT,
@@ -282,7 +281,7 @@ def describe(vm: VmRecord) -> VmInfo:
         network=vm.network,
         ip=vm.ip,
         ip6=nics[0].ip6,
-        gateway=str(gateway_of(cards[0].subnet)),
+        gateway=cards[0].gateway,
         mac=vm.mac,
         mem_size=vm.mem_size,
         disk_size=vm.disk_size,
