@@ -276,10 +276,10 @@ class Box:
     def qemus(self) -> list[int]:
         """Give the processes that work in a directory of this box: every qemu, and nobody else."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/cwd"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if os.readlink(path).startswith(f"{self.root}/"):
-                    found.append(int(path.parent.name))
+                if os.readlink(f"/proc/{name}/cwd").startswith(f"{self.root}/"):
+                    found.append(int(name))
         return found
 
     def _ip(self, *arguments: str) -> str:

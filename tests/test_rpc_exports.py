@@ -84,7 +84,7 @@ def left(box: Box) -> list[str]:
     files = [path.name for path in (box.root / "state/exports").iterdir()]
     images = []
     for fd in Path(f"/proc/{box.daemon.pid}/fd").iterdir():  # type: ignore[union-attr]
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             images += [link for link in [os.readlink(fd)] if "exports" in link]
     return [*files, *images, *(f"process {pid}" for pid in qemu_imgs(box))]
 
