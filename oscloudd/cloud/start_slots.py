@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 # A clone greets within two seconds. One that does not is waited for, but keeps nobody waiting.
 _CLONE_SECONDS = 10.0
@@ -14,16 +15,16 @@ _CALM_SECONDS = 0.3
 class CloneTurn:
     """The turn of one clone, which ends by itself in the end."""
 
-    def __init__(self, slots: "StartSlots") -> None:
-        self._slots: StartSlots | None = slots
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back: Callable[[], None] | None = give_back
         self._end = asyncio.get_running_loop().call_later(_CLONE_SECONDS, self.release)
 
     def release(self) -> None:
         """Let the next clone begin. May be called twice."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
             self._end.cancel()
-            slots.end_clone()
+            give_back()
 
 
 class StartSlots:
@@ -45,31 +46,15 @@ class StartSlots:
         self._idle.set()
 
     async def __aenter__(self) -> None:
-        self._begin()
-        try:
-            await self._slots.acquire()
-        except BaseException:
-            self._end()
-            raise
+        await self._take(self._slots)
 
     async def __aexit__(self, *_exception: object) -> None:
-        self._slots.release()
-        self._end()
+        self._give_back(self._slots)
 
     async def begin_clone(self) -> CloneTurn:
         """Wait for the turn of a clone, and give it, to be released when the clone greets."""
-        self._begin()
-        try:
-            await self._clones.acquire()
-        except BaseException:
-            self._end()
-            raise
-        return CloneTurn(self)
-
-    def end_clone(self) -> None:
-        """Take a turn back; `CloneTurn` calls it."""
-        self._clones.release()
-        self._end()
+        await self._take(self._clones)
+        return CloneTurn(partial(self._give_back, self._clones))
 
     @contextmanager
     def without_turn(self) -> Iterator[None]:
@@ -90,6 +75,18 @@ class StartSlots:
                     begun = self._begun
                     await asyncio.sleep(_CALM_SECONDS)
         return self._idle.is_set()
+
+    async def _take(self, turns: asyncio.Semaphore) -> None:
+        self._begin()
+        try:
+            await turns.acquire()
+        except BaseException:
+            self._end()
+            raise
+
+    def _give_back(self, turns: asyncio.Semaphore) -> None:
+        turns.release()
+        self._end()
 
     def _begin(self) -> None:
         self._busy += 1

@@ -247,8 +247,7 @@ class Supervisor:
             _log.warning("vm %d (%s): %s", vm.id, vm.name, error.message)
             if see:
                 reason = f"qemu does not answer: {error.message}"
-                pid = held.qemu.identity.pid
-                await self._states.see_of(vm.id, pid, VmState.UNRESPONSIVE, reason)
+                await self._see_of(held, VmState.UNRESPONSIVE, reason)
 
     async def adopt_unrecorded(self, vm: VmRecord) -> bool:
         """Take hold of a qemu that runs in the vm's directory though no row says so.
@@ -339,7 +338,7 @@ class Supervisor:
         except CloudError as error:
             state, reason = VmState.UNRESPONSIVE, error.message
             held.is_late = True
-        await self._states.see_of(vm.id, held.qemu.identity.pid, state, reason)
+        await self._see_of(held, state, reason)
 
     async def close(self) -> None:
         """Let go of every qemu; all of them run on."""
@@ -366,8 +365,7 @@ class Supervisor:
                 await held.qemu.resume()
                 status = "running"
             if status != "io-error" or vm.state != VmState.PAUSED:
-                pid = held.qemu.identity.pid
-                await self._states.see_of(vm.id, pid, *state_of(status))
+                await self._see_of(held, *state_of(status))
         if status == "io-error" and vm.reason != PAUSED_BY_USER:
             held.is_out_of_space = await self._heartbeat.is_out_of_space(held)
         await self._boot.attend(vm, held)
@@ -413,6 +411,10 @@ class Supervisor:
                 held.spawn(self._see_if_held(held, VmState.RUNNING, ""))
 
         return take
+
+    async def _see_of(self, held: Held, state: VmState, reason: str) -> None:
+        pid = held.qemu.identity.pid
+        await self._states.see_of(held.vm_id, pid, state, reason)
 
     async def _see_if_held(self, held: Held, state: VmState, reason: str) -> None:
         if self._held.get(held.vm_id) is held:
